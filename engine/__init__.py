@@ -1,0 +1,41 @@
+"""Inference on one accelerator: scheduling, KV cache, model, sampling. Knows no server."""
+
+from engine.api import InferenceEngine
+from engine.config import EngineConfig
+from engine.errors import (
+    EngineDeadError,
+    EngineError,
+    ModelLoadError,
+    OutOfMemoryError,
+    ParameterError,
+    PromptTooLongError,
+)
+from engine.outputs import (
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    PositionLogprobs,
+    RequestOutput,
+    RequestTimings,
+    TokenLogprob,
+)
+from engine.sampling_params import SamplingParams
+
+__all__ = [
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
+    "EngineStats",
+    "FinishReason",
+    "InferenceEngine",
+    "ModelInfo",
+    "ModelLoadError",
+    "OutOfMemoryError",
+    "ParameterError",
+    "PositionLogprobs",
+    "PromptTooLongError",
+    "RequestOutput",
+    "RequestTimings",
+    "SamplingParams",
+    "TokenLogprob",
+]

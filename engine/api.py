@@ -1,0 +1,61 @@
+"""The face the server sees: a protocol, so that serving can be tested against a fake."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
+from engine.sampling_params import SamplingParams
+
+
+class InferenceEngine(Protocol):
+    """What `AsyncEngine` offers and everything the server uses of it."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, computed off the event loop."""
+        ...
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation under the model's chat template, ready for the assistant's turn.
+
+        Raises ParameterError("messages", ...) when the model has no chat template or the template
+        refuses the conversation.
+        """
+        ...
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        arrival_time: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream the deltas of all `params.n` choices (interleaved; `index` tells them apart).
+
+        Ends after every choice sent its `finish_reason`. Closing the iterator (`aclose`, cancellation)
+        aborts the request. `arrival_time` is time.monotonic() at the server's door.
+
+        Raises:
+            PromptTooLongError, ParameterError: before the first output.
+            EngineDeadError: when the core stopped.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request in any state; unknown and finished ids are ignored (idempotent)."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def drain_timings(self) -> list[RequestTimings]:
+        """Timings of the choices finished since the last call."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError when the core does not answer."""
+        ...
+
+    async def shutdown(self) -> None: ...

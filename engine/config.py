@@ -1,0 +1,67 @@
+"""The engine's configuration: frozen, checked at birth, each default written once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import ParameterError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+CoreLocation = Literal["thread", "process"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine on one accelerator.
+
+    Args:
+        model: path of a GGUF file or of a directory with config.json, safetensors and tokenizer.
+        served_model_name: the name clients use; None takes the path's last part.
+        device: `auto` takes the GPU where there is one.
+        dtype: `auto` keeps packed weights packed (GGUF) and takes float32 on the CPU, bfloat16 on a GPU;
+            any other value dequantizes the weights to it.
+        max_model_len: prompt plus output tokens of one request; None takes the model's own limit.
+        block_size: tokens of one KV block.
+        kv_cache_bytes: memory for the KV cache; None takes 1 GiB on the CPU, 90% of what is free on a GPU.
+        num_blocks: overrides `kv_cache_bytes` (tests).
+        max_num_seqs: most requests that run at the same time.
+        token_budget: most tokens computed in one step (decode tokens first, then prompt chunks).
+        enable_prefix_caching: reuse blocks of equal prompt prefixes.
+        num_threads: CPU threads of the model; None takes every core this process may use.
+        core: run the EngineCore in a thread of this process, or in a process of its own.
+
+    Raises:
+        ParameterError: naming the field.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    device: Device = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    max_num_seqs: int = 64
+    token_budget: int = 512
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+    core: CoreLocation = "thread"
+
+    def __post_init__(self) -> None:
+        if self.block_size != 16:
+            # The CPU and GPU attention kernels tile by this; one size keeps them simple.
+            raise ParameterError("block_size", f"must be 16, got {self.block_size}")
+        for name in ("max_num_seqs", "token_budget"):
+            if getattr(self, name) < 1:
+                raise ParameterError(name, f"must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "num_blocks", "num_threads", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ParameterError(name, f"must be at least 1, got {value}")
+        if self.token_budget < self.max_num_seqs:
+            raise ParameterError(
+                "token_budget",
+                f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running request can "
+                f"decode in each step; got {self.token_budget}",
+            )

@@ -1,0 +1,102 @@
+"""What leaves the engine: plain frozen data, no tensors, picklable."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One candidate token and its natural-log probability.
+
+    `raw` holds the token's own bytes, which need not be valid UTF-8 alone.
+    """
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The token at one position and the most likely alternatives there, best first."""
+
+    token: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step added to one choice of one request (a delta, never the whole).
+
+    `text` may be empty while bytes of an unfinished character, or a possible stop string, are held
+    back. The last output of a choice carries `finish_reason`; `stop_reason` is the stop string or the
+    stop token id that ended it (None for the end-of-sequence token and for `length`).
+    `prompt_logprobs` comes once, with the first output; its first entry is None (nothing precedes it).
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """One finished choice, for the recorder. Seconds; `itl_s` has one entry per output token after the first.
+
+    `queue_wait_s` is arrival to first scheduling, `ttft_s` arrival to first output token.
+    """
+
+    request_id: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    queue_wait_s: float
+    ttft_s: float | None
+    e2e_s: float
+    itl_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's load and its counters since start."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    """Blocks that no request holds (cached but unreferenced ones included)."""
+    num_cached_blocks: int
+    """Unreferenced blocks whose contents are kept for a prefix hit."""
+    num_waiting_tokens: int
+    """Prompt tokens not yet computed, over all requests."""
+    total_steps: int
+    total_prompt_tokens: int
+    total_cached_tokens: int
+    total_output_tokens: int
+    total_preemptions: int
+    last_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The loaded model, as the API presents it."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    max_model_len: int
+    vocab_size: int
+    weight_bytes: int
+    weight_format: str
