@@ -3,14 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from engine.errors import ParameterError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_N = 64
-_NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default=_NO_BIAS)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0.0, 2.0)
@@ -89,24 +87,18 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # MappingProxyType does not pickle, and these cross a process boundary.
-        values = {name: getattr(self, name) for name in self.__slots__}
-        values["logit_bias"] = dict(self.logit_bias)
-        return _rebuild, (values,)
-
-
-def _rebuild(values: dict[str, object]) -> SamplingParams:
-    return SamplingParams(**values)  # type: ignore[arg-type]
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def _in_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value > high or value < low or (low_open and value == low):
+    if (
+        not is_number
+        or not math.isfinite(value)
+        or value > high
+        or value < low
+        or (low_open and value == low)
+    ):
         bracket = "(" if low_open else "["
         raise ParameterError(name, f"must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
 
