@@ -1,0 +1,156 @@
+"""GGUF files of the llama architecture (format: ggml's GGUF specification, version 3)."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from engine.errors import ModelLoadError
+from engine.models.config import ModelConfig, RopeConfig
+
+_TENSOR_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class GgufCheckpoint:
+    """Tensors under Hugging Face's names, in Hugging Face's row order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(str(path))
+        except Exception as error:  # the reader raises ValueError, KeyError, IndexError, ... on damage
+            raise ModelLoadError(f"{path}: not a readable GGUF file: {error}") from None
+        self._tensors = {t.name: t for t in self._reader.tensors}
+        self.config = self._read_config()
+
+    @cached_property
+    def weight_format(self) -> str:
+        return str(self._get("model.layers.0.mlp.down_proj.weight").tensor_type.name)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        return frozenset(int(v) for k in keys if (v := self._field(k)) is not None)
+
+    def has(self, name: str) -> bool:
+        return _gguf_name(name) in self._tensors
+
+    def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
+        tensor = self._get(name)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        data = self._to_hf_row_order(name, tensor.data)
+        if keep_packed and len(shape) == 2:
+            packed = kernels.from_gguf(data, tensor.tensor_type.name, shape)
+            if packed is not None:
+                return packed
+        try:
+            dense = gguf.quants.dequantize(data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelLoadError(f"{self.path}: tensor {tensor.name}: {error}") from None
+        return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).reshape(shape)
+
+    def load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.path.parent), gguf_file=self.path.name, local_files_only=True
+            )
+        except Exception as error:  # the library raises many kinds
+            raise ModelLoadError(f"{self.path}: the tokenizer cannot be loaded: {error}") from None
+
+    def _get(self, name: str) -> Any:
+        try:
+            return self._tensors[_gguf_name(name)]
+        except KeyError:
+            raise ModelLoadError(f"{self.path}: tensor {_gguf_name(name)} is missing") from None
+
+    def _to_hf_row_order(self, name: str, data: np.ndarray) -> np.ndarray:
+        # The converter interleaves the two rotary halves of each head's q and k rows; undo it. Rows are
+        # contiguous in every GGUF type, so that this works on packed bytes too.
+        if "q_proj" in name:
+            num_heads = self.config.num_heads
+        elif "k_proj" in name:
+            num_heads = self.config.num_kv_heads
+        else:
+            return data
+        heads = data.reshape(num_heads, self.config.head_dim // 2, 2, *data.shape[1:])
+        return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(data.shape))
+
+    def _field(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        return None if field is None else field.contents()
+
+    def _read_config(self) -> ModelConfig:
+        if (arch := self._field("general.architecture")) != "llama":
+            raise ModelLoadError(
+                f"{self.path}: GGUF architecture {arch!r} is not supported (supported: llama)"
+            )
+
+        def required(key: str) -> Any:
+            if (value := self._field(f"llama.{key}")) is None:
+                raise ModelLoadError(f"{self.path}: metadata llama.{key} is missing")
+            return value
+
+        num_heads, hidden_size = int(required("attention.head_count")), int(required("embedding_length"))
+        embedding = self._tensors.get("token_embd.weight")
+        if embedding is None:
+            raise ModelLoadError(f"{self.path}: tensor token_embd.weight is missing")
+        return ModelConfig(
+            architecture="LlamaForCausalLM",
+            vocab_size=int(embedding.shape[1]),
+            hidden_size=hidden_size,
+            intermediate_size=int(required("feed_forward_length")),
+            num_layers=int(required("block_count")),
+            num_heads=num_heads,
+            num_kv_heads=int(self._field("llama.attention.head_count_kv") or num_heads),
+            head_dim=int(self._field("llama.attention.key_length") or hidden_size // num_heads),
+            rms_norm_eps=float(required("attention.layer_norm_rms_epsilon")),
+            max_position_embeddings=int(required("context_length")),
+            rope=self._read_rope(),
+            tie_word_embeddings="output.weight" not in self._tensors,
+            attention_bias="blk.0.attn_q.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+        )
+
+    def _read_rope(self) -> RopeConfig:
+        theta = float(self._field("llama.rope.freq_base") or 10_000.0)
+        if (divisors := self._tensors.get("rope_freqs.weight")) is not None:
+            return RopeConfig(theta, "stretch", {"divisors": [float(d) for d in divisors.data]})
+        kind = self._field("llama.rope.scaling.type") or "none"
+        if kind == "none":
+            return RopeConfig(theta)
+        params = {
+            "factor": self._field("llama.rope.scaling.factor"),
+            "original_max_position_embeddings": self._field("llama.rope.scaling.original_context_length"),
+            "attention_factor": self._field("llama.rope.scaling.attn_factor"),
+        }
+        return RopeConfig(theta, str(kind), {k: v for k, v in params.items() if v is not None})
+
+
+def _gguf_name(name: str) -> str:
+    if name in _TENSOR_NAMES:
+        return _TENSOR_NAMES[name]
+    parts = name.split(".")  # model.layers.<i>.<module...>.<weight|bias>
+    module = _LAYER_NAMES.get(".".join(parts[3:-1]), "?")
+    return f"blk.{parts[2]}.{module}.{parts[-1]}"

@@ -1,0 +1,113 @@
+"""Hugging Face directories: config.json, safetensors (one file or shards), tokenizer."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import ModelLoadError
+from engine.models.config import ModelConfig, from_hf_config
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class HfCheckpoint:
+    """Reads tensors shard by shard; pickle files are never opened."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config: ModelConfig = from_hf_config(_read_json(directory / "config.json"))
+        self._open: dict[str, Any] = {}
+        self._file_of = self._locate_tensors()
+
+    @cached_property
+    def weight_format(self) -> str:
+        dtype = self._slice("model.embed_tokens.weight").get_dtype()
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        for name in ("generation_config.json", "config.json"):
+            path = self.directory / name
+            eos = _read_json(path).get("eos_token_id") if path.exists() else None
+            if eos is not None:
+                return frozenset(eos if isinstance(eos, list) else [eos])
+        return frozenset()
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of
+
+    def tensor(self, name: str, *, keep_packed: bool) -> Tensor:
+        try:
+            data = self._file(name).get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
+        if not data.is_floating_point():
+            raise ModelLoadError(f"{self.directory}: tensor {name} has dtype {data.dtype}, expected floats")
+        return data.to(torch.float32)
+
+    def load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.directory), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the library raises many kinds
+            raise ModelLoadError(f"{self.directory}: the tokenizer cannot be loaded: {error}") from None
+
+    def _locate_tensors(self) -> dict[str, str]:
+        if (index := self.directory / _INDEX).exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelLoadError(f"{index}: weight_map is missing")
+            for shard in set(weight_map.values()):
+                if (
+                    not isinstance(shard, str)
+                    or Path(shard).name != shard
+                    or not shard.endswith(".safetensors")
+                ):
+                    raise ModelLoadError(
+                        f"{index}: {shard!r} is not the name of a safetensors file beside it"
+                    )
+                if not (self.directory / shard).is_file():
+                    raise ModelLoadError(f"{self.directory}: shard {shard} is missing")
+            return dict(weight_map)
+        if not (self.directory / _SINGLE).is_file():
+            raise ModelLoadError(f"{self.directory}: neither {_SINGLE} nor {_INDEX} is there")
+        return dict.fromkeys(self._shard(_SINGLE).keys(), _SINGLE)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ModelLoadError(f"{self.directory}: tensor {name} is missing")
+        return self._shard(self._file_of[name])
+
+    def _slice(self, name: str) -> Any:
+        return self._file(name).get_slice(name)
+
+    def _shard(self, shard: str) -> Any:
+        if shard not in self._open:
+            try:
+                self._open[shard] = safe_open(str(self.directory / shard), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelLoadError(
+                    f"{self.directory / shard}: not a readable safetensors file: {error}"
+                ) from None
+        return self._open[shard]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path.parent}: {path.name} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path}: expected a JSON object")
+    return value

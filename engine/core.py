@@ -1,0 +1,138 @@
+"""EngineCore: the synchronous loop of schedule, run, update."""
+
+import time
+
+from engine.checkpoint import open_checkpoint
+from engine.config import EngineConfig
+from engine.kv_cache_manager import KVCacheManager
+from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs, TokenOutput
+from engine.model_runner import ModelRunner, StepResult
+from engine.outputs import EngineStats, ModelInfo
+from engine.request import Request, RequestStatus
+from engine.sampler import SampledToken
+from engine.scheduler import Scheduler
+
+
+class EngineCore:
+    """One model on one device. Not thread-safe: whoever drives `step` also adds and aborts."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        checkpoint = open_checkpoint(config.model)
+        self.runner = ModelRunner(config, checkpoint)
+        self.kv_cache = KVCacheManager(
+            self.runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.kv_cache,
+            max_num_seqs=config.max_num_seqs,
+            token_budget=config.token_budget,
+            max_model_len=self.runner.max_model_len,
+            eos_token_ids=checkpoint.eos_token_ids,
+        )
+        self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
+        self._total_steps = 0
+        self._total_prompt_tokens = 0
+        self._total_cached_tokens = 0
+        self._total_output_tokens = 0
+        self._last_step_s = 0.0
+
+    @property
+    def model(self) -> ModelInfo:
+        return self.runner.info
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def warm_up(self) -> None:
+        self.runner.warm_up()
+
+    def add_request(self, message: AddRequest) -> None:
+        """Queue a sequence. Raises ValueError for an id in use or a prompt that does not fit."""
+        request = Request(
+            message.request_id,
+            message.prompt_token_ids,
+            message.params,
+            max_model_len=self.runner.max_model_len,
+            arrival_time=message.arrival_time,
+        )
+        self.scheduler.add_request(request)
+
+    def abort(self, message: AbortRequests) -> list[TokenOutput]:
+        """End sequences in any state; unknown ids are ignored. One final output for each that was alive."""
+        ended = []
+        for request_id in message.request_ids:
+            request = self.scheduler.finish_request(request_id, RequestStatus.FINISHED_ABORTED)
+            if request is not None:
+                self._forget(request_id)
+                ended.append(_output_of(request, None, None))
+        return ended
+
+    def step(self) -> StepOutputs:
+        """Advance every scheduled sequence by one step."""
+        start = time.monotonic()
+        plan = self.scheduler.schedule()
+        result = self.runner.execute(plan)
+        self._collect_prompt_logprobs(plan.preempted_ids, result)
+        news = self.scheduler.update(plan, {k: t.token_id for k, t in result.sampled.items()})
+        outputs = tuple(self._emit(request, result.sampled[request.request_id]) for request, _ in news)
+        end = time.monotonic()
+        self._total_steps += 1
+        self._last_step_s = end - start
+        return StepOutputs(end, outputs, self.stats())
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self.scheduler, self.kv_cache.pool
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free_blocks,
+            num_cached_blocks=pool.num_cached_blocks,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            total_steps=self._total_steps,
+            total_prompt_tokens=self._total_prompt_tokens,
+            total_cached_tokens=self._total_cached_tokens,
+            total_output_tokens=self._total_output_tokens,
+            total_preemptions=scheduler.total_preemptions,
+            last_step_s=self._last_step_s,
+        )
+
+    def _emit(self, request: Request, token: SampledToken) -> TokenOutput:
+        self._total_output_tokens += 1
+        prompt_logprobs = None
+        if request.num_output_tokens == 1:
+            self._total_prompt_tokens += request.num_prompt_tokens
+            self._total_cached_tokens += request.num_cached_tokens
+            if request.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
+        if request.status.is_finished:
+            self._forget(request.request_id)
+        return _output_of(request, token, prompt_logprobs)
+
+    def _collect_prompt_logprobs(self, preempted_ids: tuple[str, ...], result: StepResult) -> None:
+        for request_id in preempted_ids:
+            self._prompt_logprobs.pop(request_id, None)  # computed again from the start
+        for request_id, entries in result.prompt_logprobs.items():
+            request = self.scheduler.requests.get(request_id)
+            if request is not None and request.num_output_tokens == 0:
+                self._prompt_logprobs.setdefault(request_id, []).extend(entries)
+
+    def _forget(self, request_id: str) -> None:
+        self.runner.forget(request_id)
+        self._prompt_logprobs.pop(request_id, None)
+
+
+def _output_of(
+    request: Request, token: SampledToken | None, prompt_logprobs: tuple[RawLogprobs, ...] | None
+) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        token_id=token.token_id if token else None,
+        num_cached_tokens=request.num_cached_tokens,
+        first_scheduled_time=request.first_scheduled_time,
+        logprobs=token.logprobs if token else None,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=request.status.finish_reason,
+        stop_reason=request.stop_reason,
+    )

@@ -1,0 +1,202 @@
+"""Runs scheduled steps on the device: weights, KV cache, forward pass, sampling."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.errors import OutOfMemoryError, ParameterError
+from engine.input_batch import InputBatch
+from engine.messages import RawLogprobs
+from engine.models.build import build_model
+from engine.models.llama import KVCache, LlamaModel
+from engine.models.rope import rope_limit
+from engine.outputs import ModelInfo
+from engine.request import Request
+from engine.sampler import SampledToken, Sampler, position_logprobs
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledRequest, SchedulerOutput
+
+_DEFAULT_CPU_KV_BYTES = 1 << 30
+_GPU_MEMORY_SHARE = 0.9
+# One cap on what prompt logprobs materialise at a time: rows x vocabulary x 4 bytes.
+_LOGPROB_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step yields, by request id. Prompt logprobs come chunk by chunk."""
+
+    sampled: dict[str, SampledToken]
+    prompt_logprobs: dict[str, list[RawLogprobs]]
+
+
+class ModelRunner:
+    """Owns the device's memory: the weights and the paged KV cache."""
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self.device = _resolve_device(config)
+        if self.device.type == "cpu" and config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+            kernels.set_num_threads(config.num_threads)
+        keep_packed = config.dtype == "auto"
+        dtype = self._resolve_dtype()
+        shape = checkpoint.config
+        self.max_model_len = min(config.max_model_len or rope_limit(shape), rope_limit(shape))
+        self.model: LlamaModel = build_model(
+            checkpoint,
+            max_model_len=self.max_model_len,
+            dtype=dtype,
+            device=self.device,
+            keep_packed=keep_packed,
+        )
+        kv_dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.num_blocks = self._size_kv_cache(shape.num_kv_bytes_per_token(kv_dtype.itemsize))
+        self.kv_cache = KVCache.allocate(shape, self.num_blocks, config.block_size, kv_dtype, self.device)
+        self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self.batch = InputBatch(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
+        self.sampler = Sampler(shape.vocab_size, self.device)
+        self.info = self._describe(checkpoint, keep_packed, dtype)
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Compute one step; the KV cache holds its tokens afterwards."""
+        for request_id in output.preempted_ids:
+            self.forget(request_id)
+        if not output.scheduled:
+            return StepResult({}, {})
+        step = self.batch.prepare(output)
+        hidden = self.model.forward(step.token_ids, self.kv_cache, step.metadata)
+        prompt_logprobs = self._prompt_logprobs(hidden, output)
+        if not step.sampled:
+            return StepResult({}, prompt_logprobs)
+        requests = [part.request for part in step.sampled]
+        rows = hidden if len(requests) == len(hidden) else hidden[step.sampled_rows]
+        tokens = self.sampler.sample(self.model.logits(rows), requests)
+        sampled = {r.request_id: token for r, token in zip(requests, tokens, strict=True)}
+        return StepResult(sampled, prompt_logprobs)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that left the batch."""
+        self.batch.forget(request_id)
+        self.sampler.forget(request_id)
+
+    def warm_up(self) -> None:
+        """Run the largest prefill and a decode once, so that no request pays for first-call work.
+
+        Writes into the KV cache's first blocks, which hold nothing yet.
+        """
+        capacity = self.num_blocks * self.config.block_size
+        num_tokens = max(1, min(self.config.token_budget, self.max_model_len - 1, capacity - 1))
+        request = Request(
+            "warm-up", [0] * num_tokens, SamplingParams(top_p=0.9), max_model_len=self.max_model_len + 1
+        )
+        request.block_ids = list(range(-(-(num_tokens + 1) // self.config.block_size)))
+        request.block_ids = request.block_ids[: self.num_blocks]
+        self.execute(SchedulerOutput((ScheduledRequest(request, 0, num_tokens),)))
+        self.execute(SchedulerOutput((ScheduledRequest(request, num_tokens - 1, 1),)))
+        self.forget(request.request_id)
+
+    def _prompt_logprobs(self, hidden: Tensor, output: SchedulerOutput) -> dict[str, list[RawLogprobs]]:
+        result: dict[str, list[RawLogprobs]] = {}
+        first = 0
+        for part in output.scheduled:
+            request, last = part.request, first + part.num_scheduled_tokens
+            num_top = request.params.prompt_logprobs
+            if num_top is not None and part.num_computed_tokens < request.num_prompt_tokens - 1:
+                begin = part.num_computed_tokens + 1
+                end = min(begin + part.num_scheduled_tokens, request.num_prompt_tokens)
+                result[request.request_id] = self._logprobs_of(
+                    hidden[first : first + end - begin], request.all_token_ids[begin:end], num_top
+                )
+            first = last
+        return result
+
+    def _logprobs_of(self, hidden: Tensor, token_ids: list[int], num_top: int) -> list[RawLogprobs]:
+        entries: list[RawLogprobs] = []
+        for i in range(0, len(token_ids), _LOGPROB_ROWS):
+            logits = self.model.logits(hidden[i : i + _LOGPROB_ROWS].contiguous())
+            entries += position_logprobs(logits, token_ids[i : i + _LOGPROB_ROWS], num_top)
+        return entries
+
+    def _resolve_dtype(self) -> torch.dtype:
+        if self.config.dtype != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+                self.config.dtype
+            ]
+        # CPUs without bf16 arithmetic run float32 matmuls five times as fast.
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def _size_kv_cache(self, bytes_per_token: int) -> int:
+        config, bytes_per_block = self.config, bytes_per_token * self.config.block_size
+        if config.num_blocks is not None:
+            return config.num_blocks
+        available = _available_bytes(self.device)
+        blocks_for_one = -(-self.max_model_len // config.block_size)
+        if config.kv_cache_bytes is not None:
+            wanted = config.kv_cache_bytes
+        elif self.device.type == "cpu":
+            wanted = max(_DEFAULT_CPU_KV_BYTES, blocks_for_one * bytes_per_block)
+        else:
+            wanted = int(available * _GPU_MEMORY_SHARE)
+        num_blocks = wanted // bytes_per_block
+        if wanted > available:
+            fitting = int(available * _GPU_MEMORY_SHARE) // bytes_per_token
+            raise OutOfMemoryError(
+                f"the KV cache wants {wanted / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are free "
+                f"(max_model_len {max(fitting, 0)} would fit)"
+            )
+        if num_blocks < 1:
+            raise OutOfMemoryError(
+                f"kv_cache_bytes {wanted} is less than one block ({bytes_per_block} bytes)"
+            )
+        return num_blocks
+
+    def _describe(self, checkpoint: Checkpoint, keep_packed: bool, dtype: torch.dtype) -> ModelInfo:
+        tensors = _weight_tensors(self.model)
+        packed = keep_packed and any(isinstance(t, kernels.PackedWeight) for t in tensors)
+        return ModelInfo(
+            name=self.config.served_model_name or os.path.basename(os.path.normpath(self.config.model)),
+            architecture=checkpoint.config.architecture,
+            num_parameters=sum(
+                t.n * t.k if isinstance(t, kernels.PackedWeight) else t.numel() for t in tensors
+            ),
+            max_model_len=self.max_model_len,
+            vocab_size=checkpoint.config.vocab_size,
+            weight_bytes=sum(t.nbytes for t in tensors),
+            weight_format=checkpoint.weight_format if packed else str(dtype).removeprefix("torch."),
+        )
+
+
+def _weight_tensors(model: LlamaModel) -> list[Tensor | kernels.PackedWeight]:
+    weights = model.weights
+    tensors: list[Tensor | kernels.PackedWeight] = [weights.embedding, weights.final_norm]
+    if weights.head is not weights.embedding:
+        tensors.append(weights.head)
+    for attention, ffn in weights.layers:
+        tensors += [attention.norm, attention.qkv, attention.o, ffn.norm, ffn.gate_up, ffn.down]
+    return tensors
+
+
+def _resolve_device(config: EngineConfig) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ParameterError("device", "cuda was asked for, but no CUDA GPU is visible (allowed: auto, cpu)")
+    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    # Free pages alone would leave out the page cache, which gives way.
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

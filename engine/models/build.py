@@ -1,0 +1,124 @@
+"""From a checkpoint to a model: fuse, place, and check every shape."""
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.checkpoint.loading import Checkpoint
+from engine.errors import ModelLoadError
+from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel, LlamaWeights, Weight
+from engine.models.rope import rope_tables
+
+
+def build_model(
+    checkpoint: Checkpoint, *, max_model_len: int, dtype: torch.dtype, device: torch.device, keep_packed: bool
+) -> LlamaModel:
+    """Load a checkpoint's weights.
+
+    Linear layers stay packed where `keep_packed` is set and the kernels know the format; all others become
+    `dtype`. Norms and rotary tables are float32.
+
+    Raises:
+        ModelLoadError: a tensor is missing, damaged or of the wrong shape.
+    """
+    return LlamaModel(
+        checkpoint.config, _Builder(checkpoint, max_model_len, dtype, device, keep_packed).weights()
+    )
+
+
+class _Builder:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        keep_packed: bool,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config: ModelConfig = checkpoint.config
+        self.dtype, self.device, self.keep_packed = dtype, device, keep_packed
+        cos, sin = rope_tables(self.config, max_model_len)
+        self.cos, self.sin = cos.to(device), sin.to(device)
+
+    def weights(self) -> LlamaWeights:
+        config = self.config
+        embedding = self._linear([("model.embed_tokens", config.vocab_size)], config.hidden_size)
+        tied = config.tie_word_embeddings or not self.checkpoint.has("lm_head.weight")
+        return LlamaWeights(
+            embedding=embedding,
+            layers=tuple((self._attention(i), self._ffn(i)) for i in range(config.num_layers)),
+            final_norm=self._vector("model.norm.weight", config.hidden_size),
+            head=embedding if tied else self._linear([("lm_head", config.vocab_size)], config.hidden_size),
+        )
+
+    def _attention(self, layer: int) -> kernels.AttentionWeights:
+        config, prefix = self.config, f"model.layers.{layer}"
+        rows = [
+            (f"{prefix}.self_attn.q_proj", config.q_size),
+            (f"{prefix}.self_attn.k_proj", config.kv_size),
+            (f"{prefix}.self_attn.v_proj", config.kv_size),
+        ]
+        out = [(f"{prefix}.self_attn.o_proj", config.hidden_size)]
+        return kernels.AttentionWeights(
+            norm=self._vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
+            qkv=self._linear(rows, config.hidden_size),
+            qkv_bias=self._bias(rows),
+            o=self._linear(out, config.q_size),
+            o_bias=self._bias(out),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            cos=self.cos,
+            sin=self.sin,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+        )
+
+    def _ffn(self, layer: int) -> kernels.FFNWeights:
+        config, prefix = self.config, f"model.layers.{layer}"
+        gate_up = [(f"{prefix}.mlp.{name}_proj", config.intermediate_size) for name in ("gate", "up")]
+        down = [(f"{prefix}.mlp.down_proj", config.hidden_size)]
+        return kernels.FFNWeights(
+            norm=self._vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            gate_up=self._linear(gate_up, config.hidden_size),
+            gate_up_bias=self._bias(gate_up),
+            down=self._linear(down, config.intermediate_size),
+            down_bias=self._bias(down),
+            eps=config.rms_norm_eps,
+        )
+
+    def _linear(self, modules: list[tuple[str, int]], in_features: int) -> Weight:
+        """One matrix [sum of rows, in_features] from the modules' rows."""
+        parts = [self._matrix(f"{name}.weight", rows, in_features) for name, rows in modules]
+        packed = [p for p in parts if isinstance(p, kernels.PackedWeight)]
+        if len(packed) == len(parts) and len({p.format for p in packed}) == 1:
+            return packed[0] if len(packed) == 1 else kernels.concat_rows(packed)
+        dense = [kernels.dequantize(p) if isinstance(p, kernels.PackedWeight) else p for p in parts]
+        return torch.cat(dense).to(self.device, self.dtype).contiguous()
+
+    def _matrix(self, name: str, rows: int, columns: int) -> Weight:
+        weight = self.checkpoint.tensor(name, keep_packed=self.keep_packed)
+        shape = (weight.n, weight.k) if isinstance(weight, kernels.PackedWeight) else tuple(weight.shape)
+        if shape != (rows, columns):
+            raise ModelLoadError(f"tensor {name} has shape {shape}, expected {(rows, columns)}")
+        return weight
+
+    def _vector(self, name: str, size: int) -> Tensor:
+        weight = self.checkpoint.tensor(name, keep_packed=False)
+        assert isinstance(weight, Tensor)
+        if tuple(weight.shape) != (size,):
+            raise ModelLoadError(f"tensor {name} has shape {tuple(weight.shape)}, expected {(size,)}")
+        return weight.to(self.device, torch.float32)
+
+    def _bias(self, modules: list[tuple[str, int]]) -> Tensor | None:
+        present = [self.checkpoint.has(f"{name}.bias") for name, _ in modules]
+        if not any(present):
+            return None
+        parts = [
+            self._vector(f"{name}.bias", rows) if has else torch.zeros(rows, device=self.device)
+            for (name, rows), has in zip(modules, present, strict=True)
+        ]
+        return torch.cat(parts)

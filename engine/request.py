@@ -1,0 +1,120 @@
+"""One sequence on its way through the engine."""
+
+import enum
+import random
+from collections.abc import Sequence
+
+from engine.outputs import FinishReason
+from engine.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+
+    @property
+    def is_finished(self) -> bool:
+        return self in _FINISH_REASONS
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return _FINISH_REASONS.get(self)
+
+
+_FINISH_REASONS: dict[RequestStatus, FinishReason] = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+}
+
+
+class Request:
+    """State of one sequence, owned by the Scheduler.
+
+    `num_computed_tokens` counts the tokens whose keys and values lie in the KV cache; a request is in
+    prefill while more than one token is missing there. `block_ids` and `block_hashes` belong to the
+    KVCacheManager.
+    """
+
+    __slots__ = (
+        "all_token_ids",
+        "arrival_time",
+        "block_hashes",
+        "block_ids",
+        "first_scheduled_time",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_remembered_blocks",
+        "params",
+        "request_id",
+        "seed",
+        "status",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_model_len: int,
+        arrival_time: float = 0.0,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.seed = params.seed if params.seed is not None else random.getrandbits(64)
+        self.arrival_time = arrival_time
+        self.all_token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.all_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.first_scheduled_time: float | None = None
+        self.status = RequestStatus.WAITING
+        self.stop_reason: int | None = None
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_remembered_blocks = 0
+        if not 0 < self.num_prompt_tokens < max_model_len:
+            raise ValueError(
+                f"{request_id}: {self.num_prompt_tokens} prompt tokens, limit {max_model_len - 1}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.all_token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens known but not yet in the KV cache: 1 while decoding."""
+        return len(self.all_token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_missing_tokens == 1 and self.num_output_tokens > 0
+
+    @property
+    def can_use_prefix_cache(self) -> bool:
+        # Prompt logprobs need the logits of every prompt position, so every position is computed.
+        return self.params.prompt_logprobs is None
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}, {self.status.name}, computed {self.num_computed_tokens} of "
+            f"{self.num_tokens})"
+        )
