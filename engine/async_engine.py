@@ -113,8 +113,10 @@ class AsyncEngine:
                 if isinstance(output, EngineDeadError):
                     raise output
                 if not has_siblings:
+                    if output.finish_reason == "abort":
+                        num_open = 1  # the others never began
                     has_siblings = True
-                    for index in range(1, params.n):
+                    for index in range(1, num_open):
                         self._submit(request_id, index, prompt, params, arrival, stream)
                 num_open -= output.finish_reason is not None
                 yield output
@@ -128,8 +130,7 @@ class AsyncEngine:
             self._abort_sequences(open_sequences)
 
     def stats(self) -> EngineStats:
-        stats = self._stats or self._ready.result().stats
-        return stats
+        return self._stats or self._ready.result().stats
 
     def drain_timings(self) -> list[RequestTimings]:
         return self._processor.drain_timings()

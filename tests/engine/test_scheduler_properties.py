@@ -1,0 +1,135 @@
+"""Random arrivals, lengths, aborts and pool sizes: nothing leaks, starves or is lost."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kv_cache_manager import KVCacheManager
+from engine.request import Request, RequestStatus
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+
+BLOCK_SIZE = 4
+
+
+def token_at(request_id: str, position: int) -> int:
+    """The pretended model: what it says depends on the request and the position alone."""
+    return 1 + (hash((request_id, position)) % 50)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> dict:
+    num_blocks = draw(st.integers(2, 12))
+    capacity = num_blocks * BLOCK_SIZE
+    max_num_seqs = draw(st.integers(1, 5))
+    requests = draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, 30),  # step of arrival
+                st.integers(1, capacity - 1),  # prompt length
+                st.integers(1, 12),  # output length
+                st.integers(0, 2),  # prompts of one family share a prefix
+                st.none() | st.integers(0, 40),  # step of an abort
+            ),
+            min_size=1,
+            max_size=12,
+        )
+    )
+    return {
+        "num_blocks": num_blocks,
+        "max_num_seqs": max_num_seqs,
+        "token_budget": draw(st.integers(max_num_seqs, 24)),
+        "enable_prefix_caching": draw(st.booleans()),
+        "requests": requests,
+    }
+
+
+def check_ownership(scheduler: Scheduler) -> None:
+    pool = scheduler.kv_cache.pool
+    owners = Counter(block_id for r in scheduler.requests.values() for block_id in r.block_ids)
+    for block in pool.blocks:
+        assert block.ref_count == owners[block.block_id]
+    assert pool.num_free_blocks == pool.num_blocks - len(owners)
+    assert pool.num_cached_blocks == sum(b.ref_count == 0 and b.block_hash is not None for b in pool.blocks)
+    prefixes: dict[int, tuple[int, ...]] = {}
+    for request in scheduler.running:
+        assert len(set(request.block_ids)) == len(request.block_ids)
+        assert len(request.block_ids) * BLOCK_SIZE >= request.num_computed_tokens
+        for i, block_id in enumerate(request.block_ids):
+            # Two owners of one block agree on everything up to its end.
+            prefix = tuple(request.all_token_ids[: (i + 1) * BLOCK_SIZE])
+            assert prefixes.setdefault(block_id, prefix) == prefix
+    for request in scheduler.waiting:
+        assert request.block_ids == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(workloads())
+def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
+    scheduler = Scheduler(
+        KVCacheManager(
+            workload["num_blocks"], BLOCK_SIZE, enable_prefix_caching=workload["enable_prefix_caching"]
+        ),
+        max_num_seqs=workload["max_num_seqs"],
+        token_budget=workload["token_budget"],
+        max_model_len=workload["num_blocks"] * BLOCK_SIZE,
+    )
+    arrivals: dict[int, list[Request]] = {}
+    aborts: dict[int, list[str]] = {}
+    requests: list[Request] = []
+    for i, (arrival, prompt_len, max_tokens, family, abort) in enumerate(workload["requests"]):
+        request = Request(
+            f"r{i}",
+            [100 * family + j for j in range(prompt_len)],
+            SamplingParams(max_tokens=max_tokens),
+            max_model_len=scheduler.max_model_len,
+        )
+        requests.append(request)
+        arrivals.setdefault(arrival, []).append(request)
+        if abort is not None and abort >= arrival:
+            aborts.setdefault(abort, []).append(request.request_id)
+
+    received: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    # Each request needs at most its own tokens' steps, recomputed after each preemption by an older one.
+    limit = 31 + 4 * sum(r.num_prompt_tokens + r.params.max_tokens for r in requests) * len(requests)
+    for now in range(limit):
+        for request in arrivals.pop(now, []):
+            scheduler.add_request(request)
+        oldest = scheduler.running[0] if scheduler.running else None
+        before = (oldest.num_computed_tokens, oldest.num_tokens) if oldest else None
+        output = scheduler.schedule()
+        assert output.num_tokens <= scheduler.token_budget
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert all(p.num_scheduled_tokens > 0 for p in output.scheduled)
+        assert bool(output.scheduled) == scheduler.has_work  # work there is, work is done
+        check_ownership(scheduler)
+        for request_id in aborts.pop(now, []):
+            scheduler.finish_request(request_id, RequestStatus.FINISHED_ABORTED)
+        sampled = {
+            p.request.request_id: token_at(p.request.request_id, p.request.num_tokens)
+            for p in output.scheduled
+            if p.is_sampled
+        }
+        for request, token_id in scheduler.update(output, sampled):
+            received[request.request_id].append(token_id)
+        check_ownership(scheduler)
+        if oldest is not None and not oldest.status.is_finished:
+            budget_was_there = any(p.request is oldest for p in output.scheduled)
+            assert budget_was_there or len(output.scheduled) > 0
+            if budget_was_there:
+                assert (oldest.num_computed_tokens, oldest.num_tokens) > before
+        if not scheduler.has_work and not arrivals:
+            break
+    assert not scheduler.has_work, "a request starved"
+    pool = scheduler.kv_cache.pool
+    assert pool.num_free_blocks == pool.num_blocks
+    for request in requests:
+        expected = [
+            token_at(request.request_id, request.num_prompt_tokens + j)
+            for j in range(len(received[request.request_id]))
+        ]
+        assert received[request.request_id] == expected == request.output_token_ids
+        if request.status is not RequestStatus.FINISHED_ABORTED:
+            room = scheduler.max_model_len - request.num_prompt_tokens
+            assert len(expected) == min(request.params.max_tokens, room)
