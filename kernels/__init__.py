@@ -1,0 +1,38 @@
+"""Fused ops over dense and packed weights: the reference in torch, and native code for the CPU.
+
+The backend is chosen once, at the first call: `native` where a C++ compiler is found, else `reference`;
+the environment variable KERNELS_BACKEND forces one.
+"""
+
+from kernels.dispatch import (
+    attention_block,
+    backend_name,
+    embed,
+    ffn_block,
+    linear,
+    logits,
+    set_num_threads,
+)
+from kernels.formats import PackedWeight, concat_rows, dequantize, pack, unpack
+from kernels.gguf_formats import from_gguf
+from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+
+__all__ = [
+    "AttentionMetadata",
+    "AttentionWeights",
+    "FFNWeights",
+    "PackedWeight",
+    "Weight",
+    "attention_block",
+    "backend_name",
+    "concat_rows",
+    "dequantize",
+    "embed",
+    "ffn_block",
+    "from_gguf",
+    "linear",
+    "logits",
+    "pack",
+    "set_num_threads",
+    "unpack",
+]

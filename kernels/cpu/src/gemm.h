@@ -1,0 +1,139 @@
+// Packed weights (kernels/formats.py) times activations quantized to int8 per token and group of 32.
+//
+// A token's result is the same bits whatever tokens are beside it: its integer dots are exact, and its
+// float sum runs over the groups in one order.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+#include "threads.h"
+
+constexpr int kGroup = 32;
+constexpr int kTileRows = 16;
+
+struct Matrix {  // a PackedWeight; mirrored in kernels/cpu/__init__.py
+  const uint8_t* data;
+  int32_t n, k, bits;
+};
+
+// Activations of m tokens: codes [m, k] int8, and for each group its scale and scale * sum of codes.
+struct QuantizedRows {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, scaled_sum;
+  int k = 0, groups = 0;
+
+  void resize(int64_t m, int k_) {
+    k = k_;
+    groups = k_ / kGroup;
+    if (codes.size() < static_cast<size_t>(m * k)) codes.resize(m * k);
+    if (scale.size() < static_cast<size_t>(m * groups)) {
+      scale.resize(m * groups);
+      scaled_sum.resize(m * groups);
+    }
+  }
+
+  // Symmetric, round to nearest, scale = largest magnitude / 127.
+  void quantize_row(int64_t row, const float* x) {
+    for (int g = 0; g < groups; ++g) {
+      const vf a = load<vf>(x + g * kGroup), b = load<vf>(x + g * kGroup + kLanes);
+      const vf abs_a = a < 0 ? -a : a, abs_b = b < 0 ? -b : b;
+      const float amax = max(abs_a > abs_b ? abs_a : abs_b);
+      const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+      // Adding 1.5 * 2^23 rounds to the nearest integer in the low mantissa bits.
+      const vf magic = splat(12582912.0f);
+      const vi qa = (vi)(a * inverse + magic) - (vi)magic, qb = (vi)(b * inverse + magic) - (vi)magic;
+      typedef int8_t v16b __attribute__((vector_size(16)));
+      int8_t* out = codes.data() + row * k + g * kGroup;
+      store(out, __builtin_convertvector(qa, v16b));
+      store(out + kLanes, __builtin_convertvector(qb, v16b));
+      const float s = amax / 127.0f;
+      scale[row * groups + g] = s;
+      scaled_sum[row * groups + g] = s * sum(to_float(qa + qb));
+    }
+  }
+};
+
+// out(row block, token) for kRowBlocks neighbouring row blocks and kTokens tokens.
+template <int kBits, int kTokens, int kRowBlocks>
+static inline void gemm_tile(const uint8_t* weights, int64_t block_stride, const int8_t* codes, const float* scale,
+                             const float* scaled_sum, int k, vf (&out)[kRowBlocks][kTokens]) {
+  constexpr int kCodeBytes = kTileRows * kGroup * kBits / 8;
+  constexpr int kTileBytes = kCodeBytes + 2 * 2 * kTileRows;
+  constexpr int kQuads = kGroup / 4;
+  const int groups = k / kGroup;
+  for (int b = 0; b < kRowBlocks; ++b)
+    for (int t = 0; t < kTokens; ++t) out[b][t] = vf{};
+  for (int g = 0; g < groups; ++g) {
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const uint8_t* tile = weights + b * block_stride + static_cast<int64_t>(g) * kTileBytes;
+#if defined(__x86_64__)
+      for (int line = 0; line < kTileBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(tile) + 6 * kTileBytes + line, _MM_HINT_T0);
+#endif
+      vb w[kQuads];
+      if constexpr (kBits == 4) {
+        for (int v = 0; v < kQuads / 2; ++v) {
+          const vb both = load<vb>(tile + 64 * v);
+          w[2 * v] = both & 15;
+          w[2 * v + 1] = (vb)(((vi)both >> 4) & 0x0f0f0f0f);
+        }
+      } else {
+        for (int v = 0; v < kQuads; ++v) w[v] = load<vb>(tile + 64 * v);
+      }
+      const vf w_scale = load_half(tile + kCodeBytes), w_offset = load_half(tile + kCodeBytes + 2 * kTileRows);
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* x = codes + static_cast<int64_t>(t) * k + g * kGroup;
+        vi acc{};
+        for (int q = 0; q < kQuads; ++q) {
+          int32_t quad;
+          std::memcpy(&quad, x + 4 * q, 4);
+          acc = dot4<(1 << kBits) - 1>(acc, w[q], quad);
+        }
+        const int64_t i = static_cast<int64_t>(t) * groups + g;
+        out[b][t] += to_float(acc) * (w_scale * scale[i]);
+        out[b][t] += w_offset * scaled_sum[i];
+      }
+    }
+  }
+}
+
+// sink(token, first row, 16 values) for each row block of [first, last) and each of m tokens.
+template <int kBits, class Sink>
+static void gemm_rows(const Matrix& w, const QuantizedRows& x, int64_t m, int64_t first, int64_t last, Sink&& sink) {
+  const int64_t block_stride =
+      static_cast<int64_t>(w.k / kGroup) * (kTileRows * kGroup * kBits / 8 + 4 * kTileRows);
+  auto tile = [&]<int kTokens, int kRowBlocks>(int64_t block, int64_t token) {
+    vf out[kRowBlocks][kTokens];
+    gemm_tile<kBits, kTokens, kRowBlocks>(w.data + block * block_stride, block_stride, x.codes.data() + token * x.k,
+                                          x.scale.data() + token * x.groups, x.scaled_sum.data() + token * x.groups,
+                                          w.k, out);
+    for (int b = 0; b < kRowBlocks; ++b)
+      for (int t = 0; t < kTokens; ++t) sink(token + t, (block + b) * kTileRows, out[b][t]);
+  };
+  int64_t block = first;
+  if (m < 4) {  // few tokens: several row blocks side by side hide the latency of the dot products
+    for (; block + 4 <= last; block += 4)
+      for (int64_t t = 0; t < m; ++t) tile.template operator()<1, 4>(block, t);
+  }
+  for (; block < last; ++block) {
+    int64_t t = 0;
+    for (; t + 8 <= m; t += 8) tile.template operator()<8, 1>(block, t);
+    for (; t + 4 <= m; t += 4) tile.template operator()<4, 1>(block, t);
+    for (; t < m; ++t) tile.template operator()<1, 1>(block, t);
+  }
+}
+
+// All rows of w, in parallel. The sink runs on any thread, once for each (token, row block).
+template <class Sink>
+static void gemm(ThreadPool& pool, const Matrix& w, const QuantizedRows& x, int64_t m, Sink&& sink) {
+  const int64_t blocks = (w.n + kTileRows - 1) / kTileRows;
+  // Chunks small enough to balance two threads within some percent, large enough to amortise the ticket.
+  const int64_t per_chunk = std::max<int64_t>(4, (blocks / (pool.size() * 6) + 3) / 4 * 4);
+  pool.run((blocks + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
+    const int64_t first = chunk * per_chunk, last = std::min(blocks, first + per_chunk);
+    if (w.bits == 4) gemm_rows<4>(w, x, m, first, last, sink);
+    else gemm_rows<8>(w, x, m, first, last, sink);
+  });
+}

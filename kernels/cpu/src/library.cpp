@@ -1,0 +1,220 @@
+// The C face of the native CPU ops: one call for each fused block. Structs are mirrored in
+// kernels/cpu/__init__.py. Calls from several threads are serialized.
+
+#include <cmath>
+#include <mutex>
+#include <vector>
+
+#include "attention.h"
+#include "gemm.h"
+#include "threads.h"
+
+namespace {
+
+std::mutex library_lock;
+
+ThreadPool& pool() {
+  static ThreadPool* instance = new ThreadPool;  // never destroyed: workers may outlive static destructors
+  return *instance;
+}
+
+struct Workspace {
+  QuantizedRows quantized;
+  std::vector<float> wide, narrow;
+
+  static float* grow(std::vector<float>& buffer, int64_t size) {
+    if (buffer.size() < static_cast<size_t>(size)) buffer.resize(size);
+    return buffer.data();
+  }
+};
+
+Workspace& workspace() {
+  static Workspace* instance = new Workspace;
+  return *instance;
+}
+
+float inverse_rms(const float* x, int n, float eps) {
+  vf squares{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf v = load<vf>(x + i);
+    squares += v * v;
+  }
+  float total = sum(squares);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return 1.0f / std::sqrt(total / n + eps);
+}
+
+// Rows in parallel; few rows are not worth waking anyone.
+template <class Fn>
+void for_rows(int64_t m, Fn&& fn) {
+  const int64_t per_chunk = 8;
+  pool().run((m + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
+    for (int64_t row = chunk * per_chunk; row < std::min(m, (chunk + 1) * per_chunk); ++row) fn(row);
+  });
+}
+
+void norm_quantize(const float* x, const float* norm, float eps, int64_t m, int k, QuantizedRows& out) {
+  out.resize(m, k);
+  for_rows(m, [&](int64_t row) {
+    static thread_local std::vector<float> scratch;
+    float* y = Workspace::grow(scratch, k);
+    const float* in = x + row * k;
+    const float r = inverse_rms(in, k, eps);
+    for (int i = 0; i < k; ++i) y[i] = in[i] * r * norm[i];
+    out.quantize_row(row, y);
+  });
+}
+
+// The first `rows` of 16 lanes go to out (+ bias, added to what is there if kAdd).
+template <bool kAdd>
+inline void put(float* out, vf value, const float* bias, int64_t row, int64_t n) {
+  const int rows = static_cast<int>(std::min<int64_t>(kTileRows, n - row));
+  if (rows == kTileRows) {
+    if (bias) value += load<vf>(bias + row);
+    if (kAdd) value += load<vf>(out + row);
+    store(out + row, value);
+    return;
+  }
+  for (int i = 0; i < rows; ++i) {
+    const float v = value[i] + (bias ? bias[row + i] : 0.0f);
+    out[row + i] = kAdd ? out[row + i] + v : v;
+  }
+}
+
+void normalize_head(float* x, const float* norm, int dim, float eps) {
+  const float r = inverse_rms(x, dim, eps);
+  for (int i = 0; i < dim; ++i) x[i] = x[i] * r * norm[i];
+}
+
+void rotate(float* x, const float* cos, const float* sin, int dim) {
+  const int half = dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct AttentionBlock {
+  Matrix qkv, o;
+  const float *norm, *qkv_bias, *o_bias, *q_norm, *k_norm, *cos, *sin;
+  AttentionShape shape;
+  float eps;
+};
+
+struct FfnBlock {
+  Matrix gate_up, down;
+  const float *norm, *gate_up_bias, *down_bias;
+  float eps;
+};
+
+void pg_set_threads(int num_threads) {
+  std::lock_guard guard(library_lock);
+  pool().resize(num_threads);
+}
+
+const char* pg_isa() {
+#if defined(__AVX512VNNI__)
+  return "avx512vnni";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "generic";
+#endif
+}
+
+void pg_linear(const Matrix* w, const float* x, int64_t m, const float* bias, float* out) {
+  std::lock_guard guard(library_lock);
+  QuantizedRows& quantized = workspace().quantized;
+  quantized.resize(m, w->k);
+  for_rows(m, [&](int64_t row) { quantized.quantize_row(row, x + row * w->k); });
+  gemm(pool(), *w, quantized, m,
+       [&](int64_t token, int64_t row, vf v) { put<false>(out + token * w->n, v, bias, row, w->n); });
+}
+
+void pg_paged_attention(const AttentionShape* shape, const Step* step, const float* q, int64_t q_stride,
+                        const float* k_cache, const float* v_cache, float* out) {
+  std::lock_guard guard(library_lock);
+  paged_attention(pool(), *shape, *step, q, q_stride, k_cache, v_cache, out);
+}
+
+void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, float* k_cache, float* v_cache) {
+  std::lock_guard guard(library_lock);
+  const AttentionShape& s = w->shape;
+  const int64_t m = step->num_tokens;
+  const int dim = s.head_dim, hidden = w->qkv.k, width = w->qkv.n;
+  Workspace& ws = workspace();
+  norm_quantize(x, w->norm, w->eps, m, hidden, ws.quantized);
+  float* qkv = Workspace::grow(ws.wide, m * width);
+  gemm(pool(), w->qkv, ws.quantized, m,
+       [&](int64_t token, int64_t row, vf v) { put<false>(qkv + token * width, v, w->qkv_bias, row, width); });
+
+  for_rows(m, [&](int64_t token) {
+    float* row = qkv + token * width;
+    const int32_t pos = step->positions[token], slot = step->slot_mapping[token];
+    const float *cos = w->cos + static_cast<int64_t>(pos) * (dim / 2), *sin = w->sin + static_cast<int64_t>(pos) * (dim / 2);
+    for (int h = 0; h < s.num_heads + s.num_kv_heads; ++h) {
+      const float* norm = h < s.num_heads ? w->q_norm : w->k_norm;
+      if (norm) normalize_head(row + h * dim, norm, dim, w->eps);
+      rotate(row + h * dim, cos, sin, dim);
+    }
+    const int64_t base = static_cast<int64_t>(slot / kBlock) * s.num_kv_heads * dim * kBlock;
+    const int offset = slot % kBlock;
+    for (int h = 0; h < s.num_kv_heads; ++h) {
+      const float *key = row + (s.num_heads + h) * dim, *value = key + s.num_kv_heads * dim;
+      float* k = k_cache + base + static_cast<int64_t>(h) * dim * kBlock;
+      float* v = v_cache + base + static_cast<int64_t>(h) * dim * kBlock;
+      for (int d = 0; d < dim; ++d) k[d * kBlock + offset] = key[d];
+      std::memcpy(v + offset * dim, value, dim * sizeof(float));
+    }
+  });
+
+  const int out_width = s.num_heads * dim;
+  float* out = Workspace::grow(ws.narrow, m * out_width);
+  paged_attention(pool(), s, *step, qkv, width, k_cache, v_cache, out);
+  ws.quantized.resize(m, out_width);
+  for_rows(m, [&](int64_t row) { ws.quantized.quantize_row(row, out + row * out_width); });
+  gemm(pool(), w->o, ws.quantized, m,
+       [&](int64_t token, int64_t row, vf v) { put<true>(x + token * hidden, v, w->o_bias, row, hidden); });
+}
+
+void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
+  std::lock_guard guard(library_lock);
+  const int hidden = w->gate_up.k, width = w->gate_up.n, ffn = w->down.k;
+  Workspace& ws = workspace();
+  norm_quantize(x, w->norm, w->eps, m, hidden, ws.quantized);
+  float* gate_up = Workspace::grow(ws.wide, m * width);
+  gemm(pool(), w->gate_up, ws.quantized, m, [&](int64_t token, int64_t row, vf v) {
+    put<false>(gate_up + token * width, v, w->gate_up_bias, row, width);
+  });
+  ws.quantized.resize(m, ffn);
+  for_rows(m, [&](int64_t row) {
+    float* gate = gate_up + row * width;
+    const float* up = gate + ffn;
+    for (int i = 0; i < ffn; i += kLanes) {
+      const vf g = load<vf>(gate + i);
+      // silu(g) = g / (1 + e^-g), with the exponential always of a negative number.
+      const vf e = exp_negative(g < 0 ? g : -g);
+      const vf sigmoid = (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
+      store(gate + i, g * sigmoid * load<vf>(up + i));
+    }
+    ws.quantized.quantize_row(row, gate);
+  });
+  gemm(pool(), w->down, ws.quantized, m,
+       [&](int64_t token, int64_t row, vf v) { put<true>(x + token * hidden, v, w->down_bias, row, hidden); });
+}
+
+void pg_logits(const Matrix* head, const float* norm, float eps, const float* x, int64_t m, float* out) {
+  std::lock_guard guard(library_lock);
+  QuantizedRows& quantized = workspace().quantized;
+  norm_quantize(x, norm, eps, m, head->k, quantized);
+  gemm(pool(), *head, quantized, m,
+       [&](int64_t token, int64_t row, vf v) { put<false>(out + token * head->n, v, nullptr, row, head->n); });
+}
+
+}  // extern "C"

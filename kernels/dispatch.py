@@ -1,0 +1,75 @@
+"""Which implementation runs an op: by device and weight format, decided in one place."""
+
+import functools
+import logging
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+from kernels import reference
+from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    """The native CPU ops, built at first use; None where they cannot be had."""
+    choice = os.environ.get("KERNELS_BACKEND", "auto")
+    if choice not in ("auto", "native", "reference"):
+        raise ValueError(f"KERNELS_BACKEND={choice!r} (allowed: auto, native, reference)")
+    if choice == "reference":
+        return None
+    try:
+        from kernels import cpu
+    except OSError as error:
+        if choice == "native":
+            raise
+        logger.warning("native CPU kernels are not available, the slower torch reference runs: %s", error)
+        return None
+    return cpu
+
+
+def backend_name() -> str:
+    """`native` or `reference`: what runs on the CPU."""
+    return "reference" if _native() is None else "native"
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of the native CPU ops (torch has its own setting)."""
+    if native := _native():
+        native.set_num_threads(num_threads)
+
+
+def _native_for(x: Tensor) -> ModuleType | None:
+    return _native() if x.device.type == "cpu" else None
+
+
+def attention_block(
+    x: Tensor, weights: AttentionWeights, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+) -> None:
+    """See `reference.attention_block`."""
+    (_native_for(x) or reference).attention_block(x, weights, k_cache, v_cache, metadata)
+
+
+def ffn_block(x: Tensor, weights: FFNWeights) -> None:
+    """See `reference.ffn_block`."""
+    (_native_for(x) or reference).ffn_block(x, weights)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """See `reference.linear`."""
+    out: Tensor = (_native_for(x) or reference).linear(x, weight, bias)
+    return out
+
+
+def logits(x: Tensor, norm: Tensor, eps: float, head: Weight) -> Tensor:
+    """See `reference.logits`."""
+    out: Tensor = (_native_for(x) or reference).logits(x, norm, eps, head)
+    return out
+
+
+def embed(token_ids: Tensor, table: Weight) -> Tensor:
+    """See `reference.embed`."""
+    return reference.embed(token_ids, table)

@@ -1,0 +1,50 @@
+"""Random weights, caches and steps of ugly sizes."""
+
+import torch
+
+import kernels
+from kernels.formats import GROUP_SIZE
+
+
+def random_packed(n: int, k: int, bits: int, seed: int = 0) -> kernels.PackedWeight:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
+    scale = (torch.rand(n, k // GROUP_SIZE, generator=g) + 0.5) * 2 / (1 << bits) / k**0.5
+    offset = -scale * (1 << (bits - 1)) * (1 + 0.1 * torch.randn(scale.shape, generator=g))
+    return kernels.pack(codes, scale.half(), offset.half(), bits)
+
+
+def rope(max_len: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.outer(torch.arange(max_len).float(), 1e4 ** -(torch.arange(0, dim, 2) / dim))
+    return angles.cos(), angles.sin()
+
+
+def step(
+    chunks: list[tuple[int, int]], num_blocks: int, block_size: int = 16, seed: int = 0
+) -> kernels.AttentionMetadata:
+    """A step of sequences (num_computed, num_new), their blocks scattered over the cache."""
+    g = torch.Generator().manual_seed(seed)
+    free = torch.randperm(num_blocks, generator=g, dtype=torch.int32).tolist()
+    longest = max(-(-(a + b) // block_size) for a, b in chunks)
+    table = torch.full((len(chunks), longest), num_blocks - 1, dtype=torch.int32)
+    positions, slots, starts = [], [], [0]
+    for i, (computed, new) in enumerate(chunks):
+        blocks = [free.pop() for _ in range(-(-(computed + new) // block_size))]
+        table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        for p in range(computed, computed + new):
+            positions.append(p)
+            slots.append(blocks[p // block_size] * block_size + p % block_size)
+        starts.append(len(positions))
+    return kernels.AttentionMetadata(
+        positions=torch.tensor(positions, dtype=torch.int32),
+        slot_mapping=torch.tensor(slots, dtype=torch.int32),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor([a + b for a, b in chunks], dtype=torch.int32),
+        block_table=table,
+    )
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest deviation over the largest expected magnitude; NaN counts as infinite."""
+    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return float("inf") if torch.isnan(got).any() else float(error)
