@@ -109,7 +109,7 @@ def isa() -> str:
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """See `reference.linear`; packed weights see x rounded to int8 per token and group of 32."""
+    """See `reference.linear`; packed weights see x rounded to 16 bits per token and group of 32."""
     if not isinstance(weight, PackedWeight):
         return reference.linear(x, weight, bias)
     x = _float_rows(x)

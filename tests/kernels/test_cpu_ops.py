@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +22,6 @@ MIXED_STEPS = [
     [(255, 1), (256, 1), (700, 1)],
     [(250, 20), (3, 1), (0, 17), (513, 2)],
 ]
-
-
-def round_activations(x: torch.Tensor) -> torch.Tensor:
-    """What the packed ops see: int8 per token and group of 32."""
-    groups = x.double().view(*x.shape[:-1], -1, 32)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale > 0, (groups / scale).round() * scale, 0.0).view(x.shape)
 
 
 def caches(num_blocks: int, kv_heads: int, dim: int, chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,15 +46,15 @@ def test_linear(bits, m, n, k):
     weight = random_packed(n, k, bits)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(2))
     bias = torch.randn(n)
-    expected = round_activations(x) @ kernels.dequantize(weight).double().T + bias
-    assert relative_error(cpu.linear(x, weight, bias), expected) < 1e-5
+    expected = x.double() @ kernels.dequantize(weight).double().T + bias
+    assert relative_error(cpu.linear(x, weight, bias), expected) < 1e-4
 
 
 def test_linear_of_zeros_and_extremes():
     weight = random_packed(16, 64, 4)
     assert torch.equal(cpu.linear(torch.zeros(2, 64), weight), torch.zeros(2, 16))
     x = torch.full((1, 64), 1e30)
-    assert relative_error(cpu.linear(x, weight), x.double() @ kernels.dequantize(weight).double().T) < 1e-5
+    assert relative_error(cpu.linear(x, weight), x.double() @ kernels.dequantize(weight).double().T) < 1e-4
 
 
 @pytest.mark.parametrize("chunks", MIXED_STEPS)
@@ -121,8 +115,7 @@ def test_attention_block(chunks, bits, has_extras):
     cpu.attention_block(got, w, got_k, got_v, meta)
     expected, ref_k, ref_v = x.clone(), torch.nan_to_num(k), torch.nan_to_num(v)
     reference.attention_block(expected, w, ref_k, ref_v, meta)
-    # Activations rounded to int8 move the result by about a percent, never more.
-    tolerance = 0.02 if bits else 1e-5
+    tolerance = 2e-4 if bits else 1e-5  # packed weights see activations rounded to 16 bits
     assert relative_error(got - x, expected - x) < tolerance
     written = ~torch.isnan(got_k)
     assert relative_error(got_k[written], ref_k[written]) < tolerance
@@ -146,7 +139,7 @@ def test_ffn_block(bits, m):
     got, expected = x.clone(), x.clone()
     cpu.ffn_block(got, w)
     reference.ffn_block(expected, w)
-    assert relative_error(got - x, expected - x) < (0.02 if bits else 1e-5)
+    assert relative_error(got - x, expected - x) < (2e-4 if bits else 1e-5)
 
 
 def test_logits():
@@ -154,8 +147,8 @@ def test_logits():
     x = torch.randn(5, 64)
     got = cpu.logits(x, norm, 1e-5, head)
     normed = reference.rms_norm(x, norm, 1e-5)
-    expected = round_activations(normed) @ kernels.dequantize(head).double().T
-    assert relative_error(got, expected) < 2e-3  # a rounding may fall to the other side
+    expected = normed.double() @ kernels.dequantize(head).double().T
+    assert relative_error(got, expected) < 2e-4
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -200,7 +193,7 @@ def test_a_tokens_result_is_the_same_bits_in_any_batch_and_on_any_threads(num_th
 
 def test_wrong_tensors_are_refused():
     weight = random_packed(16, 32, 4)
-    with pytest.raises(ValueError, match="contiguous torch.float32"):
+    with pytest.raises(ValueError, match=r"contiguous torch\.float32"):
         cpu.linear(torch.randn(1, 32), weight, torch.zeros(16, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 1"):
         cpu.set_num_threads(0)
@@ -211,7 +204,7 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     """Runs this file's op tests against a library built for plainer processors."""
     if os.environ.get("KERNELS_CPU_ISA"):
         pytest.skip("already running for one instruction set")
-    if isa == "avx2" and "avx2" not in open("/proc/cpuinfo").read():
+    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "linear or ffn or logits or (attention_block and 4)"]
