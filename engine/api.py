@@ -1,6 +1,6 @@
 """The face the server sees: a protocol, so that serving can be tested against a fake."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
@@ -25,6 +25,10 @@ class InferenceEngine(Protocol):
         """
         ...
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens, special ones included."""
+        ...
+
     def generate(
         self,
         prompt_token_ids: Sequence[int],
@@ -32,7 +36,7 @@ class InferenceEngine(Protocol):
         *,
         request_id: str,
         arrival_time: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the deltas of all `params.n` choices (interleaved; `index` tells them apart).
 
         Ends after every choice sent its `finish_reason`. Closing the iterator (`aclose`, cancellation)

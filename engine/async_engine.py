@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from engine.checkpoint import open_checkpoint
@@ -86,6 +86,9 @@ class AsyncEngine:
             return self.tokenizer.apply_chat_template(messages)
         return await asyncio.to_thread(self.tokenizer.apply_chat_template, messages)
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
     async def generate(
         self,
         prompt_token_ids: Sequence[int],
@@ -93,7 +96,7 @@ class AsyncEngine:
         *,
         request_id: str,
         arrival_time: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """See `InferenceEngine.generate`.
 
         The choices after the first are queued when the first one has its first token: its prompt then lies

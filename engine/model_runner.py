@@ -3,6 +3,7 @@
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ class ModelRunner:
         tensors = _weight_tensors(self.model)
         packed = keep_packed and any(isinstance(t, kernels.PackedWeight) for t in tensors)
         return ModelInfo(
-            name=self.config.served_model_name or os.path.basename(os.path.normpath(self.config.model)),
+            name=self.config.served_model_name or Path(self.config.model).name.removesuffix(".gguf"),
             architecture=checkpoint.config.architecture,
             num_parameters=sum(
                 t.n * t.k if isinstance(t, kernels.PackedWeight) else t.numel() for t in tensors

@@ -122,7 +122,8 @@ class OutputProcessor:
         choice.first_scheduled_time = output.first_scheduled_time
         finish_reason: FinishReason | None = output.finish_reason
         stop_reason: str | int | None = output.stop_reason
-        text, token_ids = "", ()
+        text = ""
+        token_ids: tuple[int, ...] = ()
         if output.token_id is not None:
             _note_time(choice, time)
             token_ids = (output.token_id,)

@@ -45,9 +45,9 @@ class Tokenizer:
             raise ParameterError("messages", f"the chat template refuses the conversation: {error}") from None
         return self.encode(text, add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, special ones left out; unfinished characters become U+FFFD."""
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the tokens; unfinished characters become U+FFFD."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def describe(self, token_id: int, logprob: float) -> TokenLogprob:

@@ -152,7 +152,7 @@ def ffn_block(x: Tensor, weights: FFNWeights) -> None:
     if struct is None:
         is_packed = isinstance(weights.gate_up, PackedWeight) and isinstance(weights.down, PackedWeight)
         struct = _structs[weights] = _ffn_struct(weights) if is_packed else False
-    if struct is False or not (x.dtype == torch.float32 and x.is_contiguous()):
+    if not isinstance(struct, _FfnBlock) or not (x.dtype == torch.float32 and x.is_contiguous()):
         gate, up = linear(
             reference.rms_norm(x, weights.norm, weights.eps), weights.gate_up, weights.gate_up_bias
         ).chunk(2, dim=-1)

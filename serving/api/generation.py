@@ -1,0 +1,184 @@
+"""What chat and completions have in common: admission, the deadline, collecting and streaming."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from engine import EngineDeadError, InferenceEngine, PositionLogprobs, RequestOutput, SamplingParams
+from serving.errors import ApiError
+from serving.schemas import PromptTokensDetails, Usage
+from serving.state import ReplicaState, generate_all
+from serving.streaming import DONE, ClientGone, SseResponse, error_event, unless_client_leaves
+
+Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated request on its way through the engine."""
+
+    request_id: str
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    model: str
+    created: int
+    fingerprint: str
+    include_usage: bool
+
+
+@dataclass(slots=True)
+class CollectedChoice:
+    """One choice, summed up."""
+
+    text: str = ""
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    finish_reason: Literal["stop", "length"] = "length"
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class UsageCounter:
+    """Token counts over all prompts and choices."""
+
+    _prompt: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _output: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, number: int, output: RequestOutput) -> None:
+        self._output[number, output.index] = output.num_output_tokens
+        if output.index == 0:
+            self._prompt[number] = (output.num_prompt_tokens, output.num_cached_tokens)
+
+    def usage(self) -> Usage:
+        prompt = sum(n for n, _ in self._prompt.values())
+        completion = sum(self._output.values())
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c for _, c in self._prompt.values())),
+        )
+
+
+class Presenter(Protocol):
+    """How an endpoint shows a job's outputs."""
+
+    def complete(self, choices: dict[tuple[int, int], CollectedChoice], usage: Usage) -> BaseModel: ...
+
+    def chunks(self, number: int, output: RequestOutput) -> bytes:
+        """The events of one output; empty when there is nothing to show yet."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> bytes: ...
+
+
+async def respond(
+    request: Request,
+    state: ReplicaState,
+    *,
+    is_stream: bool,
+    prepare: Callable[[InferenceEngine], Awaitable[tuple[Job, Presenter]]],
+) -> Response:
+    """Run one request to its response.
+
+    The first output is awaited before anything is sent, so that a request that cannot run fails with a
+    status code. From then on a failure ends the stream with an error event.
+    """
+    arrival: float = request.state.arrival_time
+    deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
+    with state.admit() as engine:
+        job, presenter = await prepare(engine)
+        outputs = generate_all(engine, job.prompts, job.params, job.request_id, arrival)
+        if not is_stream:
+            try:
+                work = _collect(outputs, presenter)
+                body = await unless_client_leaves(request, work, deadline)
+            except ClientGone:
+                return Response(status_code=499)  # nobody reads it; the log and the metrics do
+            return JSONResponse(body.model_dump())
+        try:
+            first = await unless_client_leaves(request, anext(outputs), deadline)
+        except ClientGone:
+            return Response(status_code=499)
+    # The stream outlives this function: it holds its own place among the requests in flight.
+    return SseResponse(_stream(state, outputs, first, presenter, job, deadline))
+
+
+async def _collect(outputs: Outputs, presenter: Presenter) -> BaseModel:
+    choices: dict[tuple[int, int], CollectedChoice] = {}
+    usage = UsageCounter()
+    async for number, output in outputs:
+        usage.add(number, output)
+        choice = choices.setdefault((number, output.index), CollectedChoice())
+        choice.text += output.text
+        choice.logprobs.extend(output.logprobs or ())
+        choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs
+        if output.finish_reason == "abort":
+            raise EngineDeadError("aborted")
+        if output.finish_reason is not None:
+            choice.finish_reason = output.finish_reason
+        choice.stop_reason = output.stop_reason
+    return presenter.complete(choices, usage.usage())
+
+
+async def _stream(
+    state: ReplicaState,
+    outputs: Outputs,
+    first: tuple[int, RequestOutput],
+    presenter: Presenter,
+    job: Job,
+    deadline: float,
+) -> AsyncGenerator[bytes, None]:
+    usage = UsageCounter()
+    state.num_inflight += 1
+    try:
+        number, output = first
+        async with asyncio.timeout_at(deadline):
+            while True:
+                usage.add(number, output)
+                if output.finish_reason == "abort":
+                    raise EngineDeadError("aborted")
+                if chunk := presenter.chunks(number, output):
+                    yield chunk
+                try:
+                    number, output = await anext(outputs)
+                except StopAsyncIteration:
+                    break
+        if job.include_usage:
+            yield presenter.usage_chunk(usage.usage())
+        yield DONE
+    except Exception as error:
+        yield error_event(error)
+        yield DONE
+    finally:
+        state.num_inflight -= 1
+        await outputs.aclose()
+
+
+def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int | None, max_model_len: int) -> None:
+    """Refuse an answer length that cannot be had (the prompt's own length is the engine's to check)."""
+    longest = max(len(p) for p in prompts)
+    if max_new_tokens is None or longest >= max_model_len or longest + max_new_tokens <= max_model_len:
+        return
+    raise ApiError(
+        400,
+        f"This model's maximum context length is {max_model_len} tokens; {longest} tokens of prompt and "
+        f"max_tokens {max_new_tokens} exceed it.",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+def common_fields(job: Job, object_name: str) -> dict[str, Any]:
+    return {
+        "id": job.request_id,
+        "object": object_name,
+        "created": job.created,
+        "model": job.model,
+        "system_fingerprint": job.fingerprint,
+    }

@@ -1,0 +1,36 @@
+"""The FastAPI application of one replica."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from serving.api.chat import chat_router
+from serving.api.completions import completions_router
+from serving.api.operations import operations_router
+from serving.errors import ErrorResponse, install_error_handlers
+from serving.middleware import FrontDoor
+from serving.state import ReplicaState, package_version
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
+    "5XX": {"model": ErrorResponse, "description": "The server cannot serve it now."},
+    # FastAPI would document its own validation error here; ours are 400s in OpenAI's form.
+    422: {"model": ErrorResponse, "description": "Not used."},
+}
+
+
+def create_app(state: ReplicaState) -> FastAPI:
+    """The app; `state` may get its engine later (`ReplicaState.ready`), until then requests get 503."""
+    app = FastAPI(
+        title="Peregrine",
+        version=package_version(),
+        description="OpenAI-compatible inference",
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    install_error_handlers(app)
+    for router in (chat_router, completions_router, operations_router):
+        app.include_router(router(state, _RESPONSES))
+    app.add_middleware(FrontDoor, settings=state.settings, recorder=state.recorder)
+    app.state.replica = state
+    return app

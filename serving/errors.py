@@ -1,0 +1,161 @@
+"""Every failure as OpenAI's error object: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from engine import EngineDeadError, ParameterError, PromptTooLongError
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The object that every failed request is answered with."""
+
+    error: ErrorBody
+
+
+_TYPE_OF_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(HTTPException):
+    """A failure with a status code, and the field that caused it if there is one."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status_code, message, dict(headers) if headers else None)
+        self.param = param
+        self.code = code
+
+    def body(self) -> ErrorResponse:
+        kind = _TYPE_OF_STATUS.get(self.status_code, "invalid_request_error")
+        return ErrorResponse(
+            error=ErrorBody(message=str(self.detail), type=kind, param=self.param, code=self.code)
+        )
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body().model_dump(), self.status_code, headers=self.headers)
+
+
+def overloaded(message: str, retry_after_s: int) -> ApiError:
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(retry_after_s)})
+
+
+def not_ready(message: str) -> ApiError:
+    return ApiError(503, message, code="service_unavailable", headers={"Retry-After": "2"})
+
+
+def from_engine(error: Exception) -> ApiError:
+    """The API's form of what the engine raised."""
+    match error:
+        case ApiError():
+            return error
+        case PromptTooLongError():
+            message = (
+                f"This model's maximum context length is {error.max_model_len} tokens, and the prompt alone "
+                f"has {error.num_prompt_tokens}: no room is left for an answer. Shorten the prompt."
+            )
+            return ApiError(400, message, param=error.field, code="context_length_exceeded")
+        case ParameterError():
+            return ApiError(400, str(error), param=error.field, code="invalid_value")
+        case EngineDeadError():
+            return not_ready("The engine stopped; this replica is being replaced. Please retry.")
+        case TimeoutError():
+            return ApiError(408, "The request did not finish within its time limit.", code="timeout")
+    logger.exception("unexpected failure", exc_info=error)
+    return ApiError(500, "The server had an error while processing your request.", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every failure of the app, its routes and its middleware an OpenAI error object."""
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if isinstance(error, ApiError):
+            return error.response()
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"Unknown request URL: {request.method} {request.url.path}."
+        if error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.url.path}."
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()).response()
+
+    async def on_other(request: Request, error: Exception) -> JSONResponse:
+        return from_engine(error).response()
+
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    for kind in (ParameterError, EngineDeadError, TimeoutError):
+        app.add_exception_handler(kind, on_other)
+    app.add_exception_handler(Exception, on_other)
+
+
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """One error out of pydantic's list: the first, which names the outermost field."""
+    first = errors[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ParameterError):
+        return from_engine(cause)
+    param = _path(first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            message, code = f"Unrecognized request argument supplied: {param}", "unknown_parameter"
+        case "json_invalid":
+            reason = first.get("ctx", {}).get("error", "")
+            return ApiError(400, f"The body is not valid JSON: {reason}", code="invalid_json")
+        case "missing":
+            message, code = f"Missing required parameter: '{param or 'body'}'.", "missing_required_parameter"
+        case "value_error":
+            message, code = (
+                f"Invalid '{param}': {first['msg'].removeprefix('Value error, ')}",
+                "invalid_value",
+            )
+        case _:
+            message = f"Invalid '{param or 'body'}': {first['msg']}."
+            code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return ApiError(400, message, param=param, code=code)
+
+
+def _path(location: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "role") as "messages[0].role", without the names of union members."""
+    path = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "bool", "float", "dict", "list"):
+            path += f".{part}" if path else part
+        else:
+            break
+    return path or None

@@ -1,0 +1,103 @@
+"""What happens to a request before its route: id and arrival time, API key, size limit, HTTP metrics.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between the engine and the client.
+"""
+
+import hmac
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from monitoring import Recorder
+from serving.errors import ApiError
+from serving.settings import ServingSettings
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class FrontDoor:
+    """Stamps `scope["state"]` with `request_id` and `arrival_time` (time.monotonic()), once."""
+
+    def __init__(self, app: ASGIApp, settings: ServingSettings, recorder: Recorder) -> None:
+        self._app = app
+        self._settings = settings
+        self._recorder = recorder
+        self._keys = tuple(key.encode() for key in settings.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrival = time.monotonic()
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, arrival_time=arrival)
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers)
+            self._check_length(headers)
+            await self._app(scope, self._limited(receive), send_with_id)
+        except ApiError as error:
+            await error.response()(scope, receive, send_with_id)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "unknown")
+            self._recorder.record_http(path, status, time.monotonic() - arrival)
+
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if not self._keys or not path.startswith("/v1"):
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not given:
+            raise ApiError(
+                401,
+                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        # Every key is compared, so that the time taken says nothing about which one came close.
+        if not sum(hmac.compare_digest(given.strip(), key) for key in self._keys):
+            raise ApiError(
+                401,
+                "Incorrect API key provided.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _check_length(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            raise self._too_large()
+
+    def _limited(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._settings.max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> ApiError:
+        limit = self._settings.max_body_bytes
+        return ApiError(413, f"The body is larger than the limit of {limit} bytes.", code="request_too_large")
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,325 @@
+"""The OpenAI API's requests and responses. A field that is not served yet is refused, never ignored."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from engine import ParameterError, SamplingParams
+
+MAX_STOP = 4
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _one_of(*kinds: str) -> BeforeValidator:
+    """Refuse other JSON types with one clear sentence instead of one error for each union member."""
+
+    def check(value: Any) -> Any:
+        if not any(_IS_KIND[kind](value) for kind in kinds):
+            raise ValueError(f"must be {' or '.join(kinds)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(check: Any) -> Any:
+    return lambda v: isinstance(v, list) and bool(v) and all(check(x) for x in v)
+
+
+_IS_KIND = {
+    "null": lambda v: v is None,
+    "a string": lambda v: isinstance(v, str),
+    "a non-empty string": lambda v: isinstance(v, str) and bool(v),
+    "a non-empty array of strings": _is_list_of(lambda x: isinstance(x, str)),
+    "a non-empty array of token ids": _is_list_of(_is_int),
+    "a non-empty array of arrays of token ids": _is_list_of(_is_list_of(_is_int)),
+    f"an array of 1 to {MAX_STOP} non-empty strings": lambda v: (
+        isinstance(v, list) and 1 <= len(v) <= MAX_STOP and all(isinstance(s, str) and s for s in v)
+    ),
+    "an array of content parts": lambda v: isinstance(v, list),
+}
+
+StrictFloat = Annotated[float, Field(strict=True)]
+StrictInt = Annotated[int, Field(strict=True)]
+StrictBool = Annotated[bool, Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Stop = Annotated[
+    str | list[str] | None,
+    _one_of("a non-empty string", f"an array of 1 to {MAX_STOP} non-empty strings", "null"),
+]
+Prompt = Annotated[
+    str | list[str] | list[TokenId] | list[list[TokenId]],
+    _one_of(
+        "a string",
+        "a non-empty array of strings",
+        "a non-empty array of token ids",
+        "a non-empty array of arrays of token ids",
+    ),
+]
+
+
+class StreamOptions(_Strict):
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[str | list[TextPart], _one_of("a string", "an array of content parts")]
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_call_id: str | None = None
+
+    def as_template_input(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        # Templates know "system"; "developer" is OpenAI's newer name for it.
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text"]
+
+
+class _SamplingFields(_Strict):
+    """Parameters of both endpoints. The last block is an extension, named as other servers name it."""
+
+    model: Annotated[str, StringConstraints(min_length=1)]
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop = None
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    user: str | None = None
+
+    top_k: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=10)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> "_SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", "is only allowed when stream is true")
+        return self
+
+    def _sampling(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            max_tokens=max_tokens,
+            ignore_eos=bool(self.ignore_eos),
+            n=self.n or 1,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=_token_bias(self.logit_bias or {}),
+        )
+
+
+def _token_bias(raw: dict[str, float]) -> dict[int, float]:
+    if bad := [key for key in raw if not (key.isascii() and key.isdigit() and len(key) < 10)]:
+        raise ParameterError("logit_bias", f"keys must be token ids, got {bad[0]!r}")
+    return {int(key): value for key, value in raw.items()}
+
+
+class ChatCompletionRequest(_SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: StrictBool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ParameterError("top_logprobs", "is only allowed when logprobs is true")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def sampling_params(self) -> SamplingParams:
+        return self._sampling(self.max_new_tokens, (self.top_logprobs or 0) if self.logprobs else None, None)
+
+
+class CompletionRequest(_SamplingFields):
+    prompt: Prompt
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = 16
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+    best_of: StrictInt | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ParameterError("best_of", "must equal n; picking the best of more is not supported")
+        if self.max_tokens == 0 and not self.echo:
+            raise ParameterError("max_tokens", "must be at least 1 unless echo is true")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def sampling_params(self) -> SamplingParams:
+        # Without a new token there is nothing to run, so echo alone computes one and drops it.
+        max_tokens = None if self.max_tokens is None else max(1, self.max_tokens)
+        return self._sampling(max_tokens, self.logprobs, self.logprobs if self.echo else None)
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["peregrine"] = "peregrine"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Stats(BaseModel):
+    """A replica's load, straight from its engine."""
+
+    replica: str
+    num_inflight: int
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_waiting_tokens: int
+    total_steps: int
+    total_prompt_tokens: int
+    total_cached_tokens: int
+    total_output_tokens: int
+    total_preemptions: int
+    last_step_s: float

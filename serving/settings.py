@@ -1,0 +1,21 @@
+"""What an operator may set about the HTTP side of a replica."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ServingSettings(BaseModel):
+    """The `serving` section of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    api_keys: tuple[str, ...] = ()
+    """Accepted bearer tokens; empty turns authentication off."""
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    """A prompt of a million tokens fits; what is larger is refused unread."""
+    max_inflight_requests: int = Field(default=256, ge=1)
+    """Running and waiting together; beyond it a request is refused at once with 429. The engine runs 64 at a
+    time, so that the last of 256 waits for about three others."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """From arrival to the last token."""
+    retry_after_s: int = Field(default=1, ge=1)
+    """What a refused client is told to wait."""

@@ -1,0 +1,138 @@
+"""What a replica's routes share: the engine, once there is one, and admission."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from engine import InferenceEngine, RequestOutput, SamplingParams
+from monitoring import Recorder
+from serving.errors import ApiError, not_ready, overloaded
+from serving.settings import ServingSettings
+
+_STATS_PERIOD_S = 0.5
+
+
+def package_version() -> str:
+    try:
+        return version("peregrine-llm")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0+checkout"
+
+
+class ReplicaState:
+    """Holds the engine. Requests are admitted only between `ready` and `start_draining`."""
+
+    def __init__(self, settings: ServingSettings, recorder: Recorder, replica: str) -> None:
+        self.settings = settings
+        self.recorder = recorder
+        self.replica = replica
+        self.created = int(time.time())
+        self.num_inflight = 0
+        self._engine: InferenceEngine | None = None
+        self._is_draining = False
+
+    def ready(self, engine: InferenceEngine) -> None:
+        """The engine is loaded and warm: requests may come."""
+        self._engine = engine
+
+    def start_draining(self) -> None:
+        self._is_draining = True
+
+    @property
+    def engine(self) -> InferenceEngine:
+        """Raises ApiError 503 while there is none, or no more."""
+        if self._engine is None:
+            raise not_ready("The model is still loading.")
+        if self._is_draining:
+            raise not_ready("This replica is shutting down.")
+        return self._engine
+
+    @contextmanager
+    def admit(self) -> Iterator[InferenceEngine]:
+        """A place among the requests in flight.
+
+        Raises ApiError 429 when all are taken, 503 when not ready.
+        """
+        engine = self.engine
+        limit = self.settings.max_inflight_requests
+        if self.num_inflight >= limit:
+            self.recorder.record_refusal("inflight")
+            raise overloaded(
+                f"{limit} requests are in flight already; retry later.", self.settings.retry_after_s
+            )
+        self.num_inflight += 1
+        try:
+            yield engine
+        finally:
+            self.num_inflight -= 1
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 when `name` is not the served model."""
+        served = self.engine.model.name
+        if name != served:
+            raise ApiError(
+                404,
+                f"The model '{name}' does not exist. This server has: '{served}'.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def publish_stats(self) -> None:
+        """Feed the recorder from the engine until cancelled."""
+        while True:
+            self.collect()
+            await asyncio.sleep(_STATS_PERIOD_S)
+
+    def collect(self) -> None:
+        if self._engine is not None:
+            self.recorder.record_stats(self._engine.stats(), self.num_inflight)
+            for timings in self._engine.drain_timings():
+                self.recorder.record_timings(timings)
+
+
+async def generate_all(
+    engine: InferenceEngine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    request_id: str,
+    arrival_time: float,
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Outputs of several prompts as they come, each with its prompt's number. Closing it aborts all."""
+    if len(prompts) == 1:
+        stream = engine.generate(prompts[0], params, request_id=request_id, arrival_time=arrival_time)
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+
+    queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
+
+    async def pump(number: int, prompt: Sequence[int]) -> None:
+        try:
+            stream = engine.generate(
+                prompt, params, request_id=f"{request_id}-{number}", arrival_time=arrival_time
+            )
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    queue.put_nowait((number, output))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(pump(i, prompt)) for i, prompt in enumerate(prompts)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            number, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

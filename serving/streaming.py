@@ -1,0 +1,70 @@
+"""Getting bytes to a client that may leave at any time."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from serving.errors import from_engine
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+class SseResponse(StreamingResponse):
+    """Server-sent events from a generator, which is closed at once when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
+        headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, headers=headers)
+        self._chunks = chunks
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self._chunks):
+            await super().stream_response(send)
+
+
+def event(payload: object) -> bytes:
+    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """The error object as an event: the status line has long been sent."""
+    return event(from_engine(error).body().model_dump())
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], deadline: float) -> T:
+    """Await `work`, cancelling it when the client disconnects or the loop's clock passes `deadline`.
+
+    Raises ClientGone, TimeoutError, or what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(request))
+    try:
+        timeout = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait({task, watcher}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone if watcher.done() else TimeoutError
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
