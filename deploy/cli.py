@@ -1,0 +1,158 @@
+"""The `peregrine` command. Heavy imports wait until a command needs them."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Latency-first LLM serving.",
+)
+console = Console(stderr=True)
+
+
+def main() -> None:
+    app()
+
+
+def fail(message: str) -> typer.Exit:
+    """One line on standard error, exit status 1."""
+    console.print(f"[bold red]peregrine:[/] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Default model's name, a directory, a GGUF file, or a Hub id.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Number of replicas.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt plus output tokens.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Accepted API key; may be repeated.", envvar="PEREGRINE_API_KEY", show_envvar=True),
+    ] = None,
+) -> None:
+    """Serve a model over the OpenAI API until Ctrl-C."""
+    from deploy.config import ConfigError, load_config
+    from deploy.models import ModelNotFoundError
+
+    overrides: dict[str, dict[str, Any]] = {
+        "engine": {
+            "model": model,
+            "served_model_name": served_model_name,
+            "max_model_len": max_model_len,
+            "device": device,
+            "dtype": dtype,
+        },
+        "serving": {"api_keys": tuple(api_key) if api_key else None},
+        "cluster": {"replicas": replicas, "host": host, "port": port},
+    }
+    given = {s: {k: v for k, v in values.items() if v is not None} for s, values in overrides.items()}
+    try:
+        settings = load_config(config, given)
+    except ConfigError as error:
+        raise fail(str(error)) from None
+
+    from deploy.cluster import StartError, running_cluster
+
+    stop, is_ready = threading.Event(), threading.Event()
+    _stop_on_signals(stop, is_ready)
+    try:
+        status = console.status("Starting Ray Serve and loading the model (Ctrl-C stops)")
+        with status, running_cluster(settings) as url:
+            is_ready.set()
+            status.stop()
+            _print_ready(url, settings.engine.served_model_name or _name_of(settings.engine.model), settings)
+            stop.wait()
+            console.print("Shutting down: running answers have up to 30 s to finish.")
+    except (StartError, ModelNotFoundError) as error:
+        raise fail(str(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _name_of(model: str) -> str:
+    return Path(model).name.removesuffix(".gguf")
+
+
+def _print_ready(url: str, name: str, settings: Any) -> None:
+    key = ' -H "Authorization: Bearer $PEREGRINE_API_KEY"' if settings.serving.api_keys else ""
+    console.print(
+        f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}. Try:"
+    )
+    console.print(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
+        f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of '
+        "France?\"}]}'",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _stop_on_signals(stop: threading.Event, is_ready: threading.Event) -> None:
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():  # the second one does not wait for anything
+            os._exit(130)
+        stop.set()
+        if not is_ready.is_set():  # nothing waits for `stop` yet: leave the start-up through its clean-up
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+@app.command()
+def chat(
+    base_url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model; the server's own by default.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="PEREGRINE_API_KEY", help="API key.")] = None,
+) -> None:
+    """Talk to a running server. Ctrl-C stops an answer, Ctrl-D leaves."""
+    from deploy.chat import ChatError, ChatSession
+
+    try:
+        ChatSession(base_url, model, system=system, max_tokens=max_tokens, api_key=api_key).run()
+    except ChatError as error:
+        raise fail(str(error)) from None
+
+
+@app.command()
+def fetch(
+    model: Annotated[str | None, typer.Argument(help="Default model's name or a Hub id.")] = None,
+) -> None:
+    """Fetch a model into the cache and print its path."""
+    from deploy.config import DEFAULT_MODEL
+    from deploy.models import ModelNotFoundError, resolve_model
+
+    try:
+        print(resolve_model(model or DEFAULT_MODEL))
+    except ModelNotFoundError as error:
+        raise fail(str(error)) from None
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from serving.state import package_version
+
+    print(package_version())
+
+
+if __name__ == "__main__":
+    main()

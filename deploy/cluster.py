@@ -1,0 +1,184 @@
+"""A Ray Serve cluster of this machine's own: start, wait until warm, shut down. Binds the application."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from deploy import ray_environment
+from deploy.config import PeregrineConfig
+from deploy.models import resolve_model
+from engine import EngineConfig
+
+# What a replica's process takes beside weights and KV cache: interpreter, torch, Ray.
+_REPLICA_OVERHEAD_BYTES = 700 * 2**20
+_CLUSTER_OVERHEAD_BYTES = 900 * 2**20
+_DEFAULT_KV_BYTES = 2**30
+_OBJECT_STORE_BYTES = 80 * 2**20  # requests travel over HTTP; Ray's store only carries deployment code
+_APP_NAME = "peregrine"
+_POLL_S = 0.2
+
+
+class StartError(Exception):
+    """One line that says why the cluster does not start."""
+
+
+@contextlib.contextmanager
+def running_cluster(config: PeregrineConfig) -> Iterator[str]:
+    """Start everything, yield the base URL when all replicas are warm, and shut down at the end.
+
+    Raises:
+        StartError: the port is in use, resources are short, or a replica failed; nothing is left running.
+        ModelNotFoundError: there is no such model.
+    """
+    cluster = config.cluster
+    if not ray_environment.is_port_free(cluster.host, cluster.port):
+        raise StartError(f"port {cluster.port} on {cluster.host} is in use (choose another with --port)")
+    model = resolve_model(config.engine.model)
+    engine = dataclasses.replace(
+        config.engine,
+        model=str(model),
+        served_model_name=config.engine.served_model_name
+        or Path(config.engine.model).name.removesuffix(".gguf"),
+    )
+    num_gpus = _count_gpus() if engine.device != "cpu" else 0
+    engine = _share_resources(engine, cluster.replicas, num_gpus)
+    if num_gpus == 0:
+        _check_memory(engine, model, cluster.replicas)
+
+    temporary = Path(tempfile.mkdtemp(prefix="pg-"))
+    try:
+        ray_environment.prepare(cluster, temporary)
+        with _ray(temporary, num_gpus):
+            _deploy(config, engine, num_gpus)
+            yield f"http://{cluster.host}:{cluster.port}"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ray(temporary: Path, num_gpus: int) -> Iterator[None]:
+    import ray
+    from ray import serve
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        _node_ip_address=ray_environment.LOOPBACK,
+        _temp_dir=str(temporary),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        # Logical CPUs are Ray's bookkeeping; the engine's threads are shared out by this module.
+        num_cpus=max(8, os.cpu_count() or 1),
+        num_gpus=num_gpus,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+        configure_logging=True,
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        _reap(before)
+
+
+def _deploy(config: PeregrineConfig, engine: EngineConfig, num_gpus: int) -> None:
+    from ray import serve
+    from ray.serve.api import _run
+    from ray.serve.schema import LoggingConfig
+
+    from serving.replica import build_deployment
+
+    cluster = config.cluster
+    serve.start(
+        http_options={
+            "host": cluster.host,
+            "port": cluster.port,
+            # The app's own deadline comes first and answers in the API's form; this one is the backstop.
+            "request_timeout_s": config.serving.request_timeout_s + 30,
+        },
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    deployment = build_deployment(config.serving).options(
+        num_replicas=cluster.replicas,
+        # On a GPU machine every replica has one whole GPU; on the CPU the engine's threads are its share.
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if num_gpus else 0},
+    )
+    # serve.run would wait without a deadline and without the replica's own reason for a failure.
+    _run(deployment.bind(engine, config.serving), name=_APP_NAME, route_prefix="/", _blocking=False)
+    _wait_until_running(time.monotonic() + cluster.start_timeout_s)
+
+
+def _wait_until_running(deadline: float) -> None:
+    from ray import serve
+
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(_APP_NAME)
+        if application is not None:
+            state = application.status.value
+            if state == "RUNNING":
+                return
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise StartError(_reason(application))
+        time.sleep(_POLL_S)
+    raise StartError("the replicas were not ready within cluster.start_timeout_s")
+
+
+def _reason(application: object) -> str:
+    """The replica's own exception, without Ray's layers of traceback around it."""
+    deployments = getattr(application, "deployments", {})
+    text = " ".join(d.message for d in deployments.values()) or str(getattr(application, "message", ""))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error:" in line or "Error(" in line]
+    return f"a replica failed to start: {(errors or lines or ['no reason given'])[-1]}"
+
+
+def _share_resources(engine: EngineConfig, replicas: int, num_gpus: int) -> EngineConfig:
+    if num_gpus:
+        if replicas > num_gpus:
+            raise StartError(f"{replicas} replicas need {replicas} GPUs, this machine has {num_gpus}")
+        return engine
+    if engine.device == "cuda":
+        raise StartError("engine.device is cuda, but no GPU was found (allowed here: auto, cpu)")
+    if engine.num_threads is not None:
+        return engine
+    cores = len(os.sched_getaffinity(0))
+    return dataclasses.replace(engine, num_threads=max(1, cores // replicas))
+
+
+def _check_memory(engine: EngineConfig, model: Path, replicas: int) -> None:
+    files = [model] if model.is_file() else list(model.glob("*.safetensors"))
+    weights = sum(f.stat().st_size for f in files)
+    kv_cache = engine.kv_cache_bytes or _DEFAULT_KV_BYTES
+    needed = _CLUSTER_OVERHEAD_BYTES + replicas * (weights + kv_cache + _REPLICA_OVERHEAD_BYTES)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise StartError(
+            f"{replicas} replica(s) need about {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free (fewer --replicas, or a smaller engine.kv_cache_bytes)"
+        )
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _reap(before: set[int]) -> None:
+    """End what Ray left behind of the processes that this run started."""
+    started = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
+    _, alive = psutil.wait_procs(started, timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)

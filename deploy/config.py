@@ -1,0 +1,110 @@
+"""The YAML configuration: three sections, each key checked, unknown ones refused with the nearest valid."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from engine import EngineConfig, ParameterError
+from serving import ServingSettings
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+class ConfigError(Exception):
+    """One line that says which key is wrong and what is allowed."""
+
+
+class ClusterSettings(BaseModel):
+    """The `cluster` section: processes and addresses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    haproxy: Literal["auto", "on", "off"] = "auto"
+    """HAProxy in front of the replicas (one hop, retries); `auto` uses it where it is installed."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """From the start of Ray until all replicas are warm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeregrineConfig:
+    """Everything that `peregrine serve` needs. `engine.model` is a name or path, not yet resolved."""
+
+    engine: EngineConfig
+    serving: ServingSettings
+    cluster: ClusterSettings
+
+
+_SECTIONS = ("engine", "serving", "cluster")
+
+
+def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
+    """Read a YAML file (None: all defaults) and lay the overrides, by section, over it.
+
+    Raises:
+        ConfigError: the file is unreadable, a key is unknown, or a value is not allowed.
+    """
+    raw = _read(path) if path else {}
+    for section in raw:
+        _check_known(section, _SECTIONS, "")
+    sections: dict[str, dict[str, Any]] = {}
+    for name in _SECTIONS:
+        value = raw.get(name) or {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}: must be a mapping of keys to values")
+        sections[name] = {**value, **(overrides or {}).get(name, {})}
+    engine = {"model": DEFAULT_MODEL, **sections["engine"]}
+    return PeregrineConfig(
+        engine=_build(EngineConfig, engine, "engine"),
+        serving=_build(ServingSettings, sections["serving"], "serving"),
+        cluster=_build(ClusterSettings, sections["cluster"], "cluster"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping with the sections {', '.join(_SECTIONS)}")
+    return raw
+
+
+def _build(kind: Any, values: dict[str, Any], section: str) -> Any:
+    known = (
+        [f.name for f in dataclasses.fields(kind)]
+        if dataclasses.is_dataclass(kind)
+        else list(kind.model_fields)
+    )
+    for key in values:
+        _check_known(key, known, f"{section}.")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ParameterError as error:
+        raise ConfigError(f"{section}.{error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in (section, *first["loc"]))
+        raise ConfigError(f"{path}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _check_known(key: Any, known: Any, prefix: str) -> None:
+    if key in known:
+        return
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(known)})"
+    )
