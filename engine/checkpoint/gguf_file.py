@@ -1,6 +1,11 @@
 """GGUF files of the llama architecture (format: ggml's GGUF specification, version 3)."""
 
+import contextlib
+import hashlib
+import os
+import tempfile
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from torch import Tensor
 import kernels
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig, RopeConfig
+from kernels.cache import cache_directory
 
 _TENSOR_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -36,12 +42,22 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    # Reading the header takes seconds (every token is an entry), so that it waits until it is needed.
+    @cached_property
+    def _reader(self) -> gguf.GGUFReader:
         try:
-            self._reader = gguf.GGUFReader(str(path))
+            return gguf.GGUFReader(str(self.path))
         except Exception as error:  # the reader raises ValueError, KeyError, IndexError, ... on damage
-            raise ModelLoadError(f"{path}: not a readable GGUF file: {error}") from None
-        self._tensors = {t.name: t for t in self._reader.tensors}
-        self.config = self._read_config()
+            raise ModelLoadError(f"{self.path}: not a readable GGUF file: {error}") from None
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        return {t.name: t for t in self._reader.tensors}
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return self._read_config()
 
     @cached_property
     def weight_format(self) -> str:
@@ -67,17 +83,28 @@ class GgufCheckpoint:
             dense = gguf.quants.dequantize(data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise ModelLoadError(f"{self.path}: tensor {tensor.name}: {error}") from None
-        return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32)).reshape(shape)
+        return torch.from_numpy(np.array(dense, dtype=np.float32)).reshape(shape)
 
     def load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        converted = self._converted_tokenizer()
         try:
-            return AutoTokenizer.from_pretrained(
-                str(self.path.parent), gguf_file=self.path.name, local_files_only=True
-            )
+            if not converted.exists():
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(self.path.parent), gguf_file=self.path.name, local_files_only=True
+                )
+                _save_atomically(tokenizer, converted)
+            return AutoTokenizer.from_pretrained(str(converted), local_files_only=True)
         except Exception as error:  # the library raises many kinds
             raise ModelLoadError(f"{self.path}: the tokenizer cannot be loaded: {error}") from None
+
+    def _converted_tokenizer(self) -> Path:
+        """Where the tokenizer lies in Hugging Face's form: converting takes ten times as long as loading."""
+        stat = self.path.stat()
+        identity = f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{version('transformers')}"
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return cache_directory() / "tokenizers" / key
 
     def _get(self, name: str) -> Any:
         try:
@@ -146,6 +173,15 @@ class GgufCheckpoint:
             "attention_factor": self._field("llama.rope.scaling.attn_factor"),
         }
         return RopeConfig(theta, str(kind), {k: v for k, v in params.items() if v is not None})
+
+
+def _save_atomically(tokenizer: Any, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        part = Path(directory) / "tokenizer"
+        tokenizer.save_pretrained(str(part))
+        with contextlib.suppress(OSError):  # another process was first, with the same contents
+            os.rename(part, target)
 
 
 def _gguf_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,14 @@ class KVCache:
     ) -> "KVCache":
         heads, dim = config.num_kv_heads, config.head_dim
 
+        def zeros(*shape: int) -> Tensor:
+            if device.type == "cpu" and dtype == torch.float32:
+                # NumPy's zeros are fresh pages: memory is taken block by block as requests fill it.
+                return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         def layer() -> tuple[Tensor, Tensor]:
-            keys = torch.zeros(num_blocks, heads, dim, block_size, dtype=dtype, device=device)
-            values = torch.zeros(num_blocks, heads, block_size, dim, dtype=dtype, device=device)
-            return keys, values
+            return zeros(num_blocks, heads, dim, block_size), zeros(num_blocks, heads, block_size, dim)
 
         return cls(tuple(layer() for _ in range(config.num_layers)))
 

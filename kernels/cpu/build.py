@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from kernels.cache import cache_directory
+
 _SOURCES = Path(__file__).parent / "src"
 _COMPILE_TIMEOUT_S = 300
 _FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
@@ -39,7 +41,7 @@ def build() -> Path:
     if isa not in _ISA_FLAGS:
         raise OSError(f"KERNELS_CPU_ISA={isa!r} (allowed: {', '.join(_ISA_FLAGS)})")
     flags = (*_FLAGS, *_ISA_FLAGS[isa])
-    target = _cache_dir() / f"cpu-{_key(compiler, flags)}.so"
+    target = cache_directory() / "kernels" / f"cpu-{_key(compiler, flags)}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +82,6 @@ def _cpu_features() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _cache_dir() -> Path:
-    if directory := os.environ.get("PEREGRINE_CACHE_DIR"):
-        return Path(directory) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "peregrine" / "kernels"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,17 @@
+"""Fixtures shared by all rooms."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model's GGUF file (`make setup` fetches it; here it is fetched if it is not there yet)."""
+    from deploy.models import fetch_default_model
+
+    return fetch_default_model()
