@@ -146,6 +146,56 @@ def fetch(
         raise fail(str(error)) from None
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
+app.add_typer(bench, name="bench")
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
+
+
+@bench.command("cpu")
+def bench_cpu(
+    json_path: JsonPath = None,
+    model: Annotated[str | None, typer.Option(help="Default model's name or a GGUF file.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    batches: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8",
+    runtimes: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are taken over so many runs.")] = 3,
+) -> None:
+    """CPU decoding beside transformers and llama.cpp on the same weights."""
+    from deploy.bench import cpu, report
+    from deploy.config import DEFAULT_MODEL
+    from deploy.models import resolve_model
+
+    chosen = runtimes.split(",") if runtimes else list(cpu.RUNTIMES)
+    if unknown := [name for name in chosen if name not in cpu.RUNTIMES]:
+        raise fail(f"--runtimes: unknown {unknown[0]!r} (known: {', '.join(cpu.RUNTIMES)})")
+    sizes = [int(b) for b in batches.split(",")]
+    rows = cpu.run(resolve_model(model or DEFAULT_MODEL), threads, sizes, chosen, rounds)
+    report.publish(rows, "CPU decoding", json_path)
+
+
+@bench.command("serve")
+def bench_serve(
+    json_path: JsonPath = None,
+    model: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
+    concurrencies: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,8",
+    requests: Annotated[int, typer.Option(min=1, help="Requests a round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1)] = 4,
+    port: Annotated[int, typer.Option()] = 8765,
+) -> None:
+    """The bare engine and the whole serving path, in one run."""
+    from deploy.bench import report
+    from deploy.bench import serve as serve_bench
+    from deploy.config import load_config
+
+    overrides: dict[str, dict[str, Any]] = {
+        "cluster": {"port": port},
+        "engine": {"model": model} if model else {},
+    }
+    sizes = [int(c) for c in concurrencies.split(",")]
+    rows = serve_bench.run(load_config(None, overrides), sizes, requests, rounds)
+    report.publish(rows, "Serving path", json_path)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

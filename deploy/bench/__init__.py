@@ -1,0 +1,1 @@
+"""`peregrine bench ...`: measurements as commands. Each writes one JSON object and prints a table."""

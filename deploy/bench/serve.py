@@ -1,0 +1,168 @@
+"""What the serving path adds: the bare engine and Ray Serve, the same requests, rounds in turn.
+
+Open loop: requests arrive by a clock, whatever became of earlier ones, and latency counts from the moment
+a request was due. Both paths get the same arrival times and prompts.
+"""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+from tqdm import tqdm
+
+from deploy.bench.report import percentile
+from deploy.cluster import running_cluster
+from deploy.config import PeregrineConfig
+from deploy.models import resolve_model
+from engine import SamplingParams
+from engine.async_engine import AsyncEngine
+
+OUTPUT_TOKENS = 64
+_REQUEST_TIMEOUT_S = 300
+_WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
+
+Send = Callable[[str], AsyncIterator[int]]
+"""Sends a prompt and yields the number of tokens of each chunk that comes back."""
+
+
+@dataclasses.dataclass(slots=True)
+class Timeline:
+    """One request: when it was due, and when its tokens came (seconds)."""
+
+    due: float
+    arrivals: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        return self.arrivals[0] - self.due
+
+    @property
+    def gaps(self) -> list[float]:
+        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float:
+        return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1)
+
+
+def run(
+    config: PeregrineConfig, concurrencies: list[int], num_requests: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Rows of serve.json, for paths `engine` and `serve`."""
+    with running_cluster(config) as url:
+        return asyncio.run(_run(config, url, concurrencies, num_requests, rounds))
+
+
+async def _run(
+    config: PeregrineConfig, url: str, concurrencies: list[int], num_requests: int, rounds: int
+) -> list[dict[str, Any]]:
+    name = config.engine.served_model_name or config.engine.model
+    bare = dataclasses.replace(config.engine, model=str(resolve_model(config.engine.model)))
+    engine = await AsyncEngine.start(bare)
+    timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
+    rows = []
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            paths: dict[str, Send] = {
+                "engine": lambda prompt: _send_to_engine(engine, prompt),
+                "serve": lambda prompt: _send_over_http(session, url, name, prompt),
+            }
+            for send in paths.values():
+                await _drive(send, [_prompt(-1)], 0.0)
+            for concurrency in concurrencies:
+                rows += await _compare(paths, concurrency, num_requests, rounds)
+    finally:
+        await engine.shutdown()
+    return rows
+
+
+async def _compare(
+    paths: dict[str, Send], concurrency: int, num_requests: int, rounds: int
+) -> list[dict[str, Any]]:
+    # The interval that keeps about `concurrency` requests in flight on the bare engine (Little's law).
+    # With one at a time there is a pause between requests instead, so that none ever waits for another.
+    start = time.perf_counter()
+    await _drive(paths["engine"], [_prompt(1000 + i) for i in range(concurrency)], 0.0)
+    interval = (time.perf_counter() - start) / concurrency * (1.5 if concurrency == 1 else 1.1)
+    timelines: dict[str, list[Timeline]] = {path: [] for path in paths}
+    spans = dict.fromkeys(paths, 0.0)
+    progress = tqdm(total=rounds * len(paths), desc=f"concurrency {concurrency}", unit="round")
+    for number in range(rounds):
+        prompts = [_prompt(number * num_requests + i) for i in range(num_requests)]
+        for path, send in paths.items():
+            begin = time.perf_counter()
+            timelines[path] += await _drive(send, prompts, interval)
+            spans[path] += time.perf_counter() - begin
+            progress.update()
+    progress.close()
+    return [_row(path, concurrency, timelines[path], spans[path]) for path in paths]
+
+
+def _row(path: str, concurrency: int, timelines: list[Timeline], span: float) -> dict[str, Any]:
+    ttft = [t.ttft * 1e3 for t in timelines]
+    gaps = [g * 1e3 for t in timelines for g in t.gaps]
+    return {
+        "path": path,
+        "concurrency": concurrency,
+        "ttft_ms_p50": round(percentile(ttft, 0.5), 2),
+        "ttft_ms_p99": round(percentile(ttft, 0.99), 2),
+        "itl_ms_p50": round(percentile(gaps, 0.5), 3),
+        "itl_ms_p99": round(percentile(gaps, 0.99), 3),
+        "tpot_ms_p50": round(percentile([t.tpot * 1e3 for t in timelines], 0.5), 3),
+        "tok_s": round(sum(len(t.arrivals) for t in timelines) / span, 1),
+        "num_requests": len(timelines),
+    }
+
+
+async def _drive(send: Send, prompts: list[str], interval: float) -> list[Timeline]:
+    start = time.perf_counter()
+
+    async def one(number: int, prompt: str) -> Timeline:
+        timeline = Timeline(due=start + number * interval)
+        await asyncio.sleep(max(0.0, timeline.due - time.perf_counter()))
+        async for num_tokens in send(prompt):
+            timeline.arrivals += [time.perf_counter()] * num_tokens
+        if len(timeline.arrivals) != OUTPUT_TOKENS:
+            raise RuntimeError(f"{len(timeline.arrivals)} tokens came, {OUTPUT_TOKENS} were asked for")
+        return timeline
+
+    jobs: list[Awaitable[Timeline]] = [one(i, p) for i, p in enumerate(prompts)]
+    return list(await asyncio.gather(*jobs))
+
+
+async def _send_to_engine(engine: AsyncEngine, prompt: str) -> AsyncIterator[int]:
+    token_ids = await engine.tokenize(prompt)
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    async for output in engine.generate(token_ids, params, request_id=f"bench-{time.perf_counter_ns()}"):
+        yield len(output.token_ids)
+
+
+async def _send_over_http(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: str
+) -> AsyncIterator[int]:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": OUTPUT_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "logprobs": 0,  # every token then has its own chunk, also those whose text is held back
+    }
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {await response.text()}")
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                yield len(choice["logprobs"]["tokens"])
+
+
+def _prompt(seed: int) -> str:
+    """About 64 tokens, different from the first word on, so that no prefix hit flatters anyone."""
+    words = [_WORDS[(seed * 31 + i * (seed % 7 + 1)) % len(_WORDS)] for i in range(60)]
+    return f"{seed}: " + " ".join(words)
