@@ -32,6 +32,10 @@ def prepare(cluster: ClusterSettings, temporary: Path) -> bool:
         # Streams in flight at shutdown have the replicas' drain time, then the proxy goes.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # How long a leaving replica listens on after the proxy was told (30 s by default): on one machine
+        # the proxy knows within a second, and Ctrl-C should not take half a minute.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
         "TOKENIZERS_PARALLELISM": "false",
     }
     os.environ.update(settings)

@@ -123,8 +123,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:
-    """One error out of pydantic's list: the first, which names the outermost field."""
-    first = errors[0]
+    """One error out of pydantic's list: of the first field that is wrong, the error that says most.
+
+    A union reports one error for each of its members; the one furthest inside belongs to the member that
+    was meant, and a range says more than a type.
+    """
+    field = _path(errors[0]["loc"][:2])
+    same_field = [e for e in errors if _path(e["loc"][:2]) == field]
+    first = max(same_field, key=lambda e: (len(_parts(e["loc"])), not e["type"].endswith("_type")))
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         return from_engine(cause)
@@ -148,14 +154,15 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
+def _parts(location: Sequence[str | int]) -> list[str | int]:
+    """The location without "body" in front and without the names of union members."""
+    return [p for p in location[1:] if isinstance(p, int) or (p.isidentifier() and p not in _UNION_MEMBERS)]
+
+
+_UNION_MEMBERS = ("str", "int", "bool", "float", "dict", "list")
+
+
 def _path(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "role") as "messages[0].role", without the names of union members."""
-    path = ""
-    for part in location[1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "bool", "float", "dict", "list"):
-            path += f".{part}" if path else part
-        else:
-            break
-    return path or None
+    """("body", "messages", 0, "role") as "messages[0].role"."""
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in _parts(location))
+    return path.removeprefix(".") or None

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -25,9 +25,6 @@ OUTPUT_TOKENS = 64
 _REQUEST_TIMEOUT_S = 300
 _WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
 
-Send = Callable[[str], AsyncIterator[int]]
-"""Sends a prompt and yields the number of tokens of each chunk that comes back."""
-
 
 @dataclasses.dataclass(slots=True)
 class Timeline:
@@ -35,6 +32,7 @@ class Timeline:
 
     due: float
     arrivals: list[float] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
 
     @property
     def ttft(self) -> float:
@@ -46,7 +44,11 @@ class Timeline:
 
     @property
     def tpot(self) -> float:
-        return (self.arrivals[-1] - self.arrivals[0]) / (len(self.arrivals) - 1)
+        return (self.arrivals[-1] - self.arrivals[0]) / (self.num_tokens - 1)
+
+
+Send = Callable[[str, Timeline], Awaitable[None]]
+"""Sends a prompt and notes on the timeline when each piece of text came, and how many tokens in all."""
 
 
 def run(
@@ -68,8 +70,8 @@ async def _run(
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             paths: dict[str, Send] = {
-                "engine": lambda prompt: _send_to_engine(engine, prompt),
-                "serve": lambda prompt: _send_over_http(session, url, name, prompt),
+                "engine": lambda prompt, timeline: _send_to_engine(engine, prompt, timeline),
+                "serve": lambda prompt, timeline: _send_over_http(session, url, name, prompt, timeline),
             }
             for send in paths.values():
                 await _drive(send, [_prompt(-1)], 0.0)
@@ -86,13 +88,14 @@ async def _compare(
     # The interval that keeps about `concurrency` requests in flight on the bare engine (Little's law).
     # With one at a time there is a pause between requests instead, so that none ever waits for another.
     start = time.perf_counter()
-    await _drive(paths["engine"], [_prompt(1000 + i) for i in range(concurrency)], 0.0)
+    await _drive(paths["engine"], [_prompt(concurrency * 100_000 - i - 1) for i in range(concurrency)], 0.0)
     interval = (time.perf_counter() - start) / concurrency * (1.5 if concurrency == 1 else 1.1)
     timelines: dict[str, list[Timeline]] = {path: [] for path in paths}
     spans = dict.fromkeys(paths, 0.0)
     progress = tqdm(total=rounds * len(paths), desc=f"concurrency {concurrency}", unit="round")
     for number in range(rounds):
-        prompts = [_prompt(number * num_requests + i) for i in range(num_requests)]
+        first = concurrency * 100_000 + number * num_requests  # no prompt comes twice: no prefix hits
+        prompts = [_prompt(first + i) for i in range(num_requests)]
         for path, send in paths.items():
             begin = time.perf_counter()
             timelines[path] += await _drive(send, prompts, interval)
@@ -113,7 +116,7 @@ def _row(path: str, concurrency: int, timelines: list[Timeline], span: float) ->
         "itl_ms_p50": round(percentile(gaps, 0.5), 3),
         "itl_ms_p99": round(percentile(gaps, 0.99), 3),
         "tpot_ms_p50": round(percentile([t.tpot * 1e3 for t in timelines], 0.5), 3),
-        "tok_s": round(sum(len(t.arrivals) for t in timelines) / span, 1),
+        "tok_s": round(sum(t.num_tokens for t in timelines) / span, 1),
         "num_requests": len(timelines),
     }
 
@@ -124,26 +127,27 @@ async def _drive(send: Send, prompts: list[str], interval: float) -> list[Timeli
     async def one(number: int, prompt: str) -> Timeline:
         timeline = Timeline(due=start + number * interval)
         await asyncio.sleep(max(0.0, timeline.due - time.perf_counter()))
-        async for num_tokens in send(prompt):
-            timeline.arrivals += [time.perf_counter()] * num_tokens
-        if len(timeline.arrivals) != OUTPUT_TOKENS:
-            raise RuntimeError(f"{len(timeline.arrivals)} tokens came, {OUTPUT_TOKENS} were asked for")
+        await send(prompt, timeline)
+        if timeline.num_tokens != OUTPUT_TOKENS:
+            raise RuntimeError(f"{timeline.num_tokens} tokens came, {OUTPUT_TOKENS} were asked for")
         return timeline
 
     jobs: list[Awaitable[Timeline]] = [one(i, p) for i, p in enumerate(prompts)]
     return list(await asyncio.gather(*jobs))
 
 
-async def _send_to_engine(engine: AsyncEngine, prompt: str) -> AsyncIterator[int]:
+async def _send_to_engine(engine: AsyncEngine, prompt: str, timeline: Timeline) -> None:
     token_ids = await engine.tokenize(prompt)
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     async for output in engine.generate(token_ids, params, request_id=f"bench-{time.perf_counter_ns()}"):
-        yield len(output.token_ids)
+        if output.text or output.finish_reason:
+            timeline.arrivals.append(time.perf_counter())
+            timeline.num_tokens = output.num_output_tokens
 
 
 async def _send_over_http(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: str
-) -> AsyncIterator[int]:
+    session: aiohttp.ClientSession, url: str, model: str, prompt: str, timeline: Timeline
+) -> None:
     body = {
         "model": model,
         "prompt": prompt,
@@ -151,15 +155,19 @@ async def _send_over_http(
         "max_tokens": OUTPUT_TOKENS,
         "ignore_eos": True,
         "stream": True,
-        "logprobs": 0,  # every token then has its own chunk, also those whose text is held back
+        "stream_options": {"include_usage": True},
     }
     async with session.post(f"{url}/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
         async for line in response.content:
-            if line.startswith(b"data: {"):
-                choice = json.loads(line[6:])["choices"][0]
-                yield len(choice["logprobs"]["tokens"])
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if chunk["choices"]:
+                timeline.arrivals.append(time.perf_counter())
+            else:
+                timeline.num_tokens = chunk["usage"]["completion_tokens"]
 
 
 def _prompt(seed: int) -> str:

@@ -20,10 +20,11 @@ from serving.schemas import (
 )
 from serving.state import ReplicaState, package_version
 from serving.streaming import event
+from serving.strict_json import StrictJsonRoute
 
 
 def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    router = APIRouter(tags=["chat"])
+    router = APIRouter(tags=["chat"], route_class=StrictJsonRoute)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses)
     async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:

@@ -14,12 +14,13 @@ from serving.errors import ApiError
 from serving.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from serving.state import ReplicaState, package_version
 from serving.streaming import event
+from serving.strict_json import StrictJsonRoute
 
 MAX_PROMPTS = 64
 
 
 def completions_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    router = APIRouter(tags=["completions"])
+    router = APIRouter(tags=["completions"], route_class=StrictJsonRoute)
 
     @router.post("/v1/completions", response_model=Completion, responses=responses)
     async def create_completion(request: Request, body: CompletionRequest) -> Response:

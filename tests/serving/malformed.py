@@ -1,0 +1,172 @@
+"""Malformed requests and the answers they deserve: run against the app and against a live cluster."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+MODEL = "SmolLM2-135M-Instruct"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request; `param` must be the error's param (None: not checked), `words` stand in its message."""
+
+    name: str
+    path: str
+    content: bytes
+    status: int = 400
+    param: str | None = None
+    words: str = ""
+    method: str = "POST"
+    headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+
+
+def chat(name: str, param: str | None, status: int = 400, words: str = "", **body: Any) -> Case:
+    values = {"model": MODEL, "messages": HELLO, "max_tokens": 4, **body}
+    return Case(name, CHAT, json.dumps(values).encode(), status, param, words)
+
+
+def completion(name: str, param: str | None, status: int = 400, words: str = "", **body: Any) -> Case:
+    values = {"model": MODEL, "prompt": "Hello", "max_tokens": 4, **body}
+    return Case(name, COMPLETIONS, json.dumps(values).encode(), status, param, words)
+
+
+def raw(name: str, content: bytes, status: int = 400, words: str = "", **kw: Any) -> Case:
+    return Case(name, kw.pop("path", CHAT), content, status, words=words, **kw)
+
+
+def _without(*fields: str) -> bytes:
+    body = {"model": MODEL, "messages": HELLO}
+    return json.dumps({k: v for k, v in body.items() if k not in fields}).encode()
+
+
+CASES: list[Case] = [
+    # The body itself
+    raw("empty body", b""),
+    raw("not JSON", b"hello", words="JSON"),
+    raw("half an object", b'{"model": "x", ', words="JSON"),
+    raw("an array", b"[]"),
+    raw("a string", b'"hello"'),
+    raw("null", b"null"),
+    raw("invalid UTF-8", b'{"model": "\xff\xfe", "messages": []}'),
+    raw("deeply nested", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    raw("a huge body", b'{"model": "' + b"x" * (5 * 2**20) + b'"}', status=413, words="bytes"),
+    raw("wrong content type", _without(), headers={"content-type": "text/plain"}),
+    # What every request has
+    Case("no model", CHAT, _without("model"), param="model"),
+    Case("no messages", CHAT, _without("messages"), param="messages"),
+    chat("model is a number", "model", model=3),
+    chat("empty model", "model", model=""),
+    chat("unknown model", "model", 404, "does not exist", model="gpt-4o"),
+    completion("unknown model for completions", "model", 404, "does not exist", model="gpt-4o"),
+    chat("unknown field", "foo", 400, "Unrecognized request argument supplied: foo", foo=1),
+    completion("unknown field for completions", "messages", messages=HELLO),
+    # Messages
+    chat("no message at all", "messages", messages=[]),
+    chat("messages is a string", "messages", messages="hi"),
+    chat("a message is a string", "messages[0]", messages=["hi"]),
+    chat("unknown role", "messages[0].role", messages=[{"role": "wizard", "content": "x"}]),
+    chat("no role", "messages[0].role", messages=[{"content": "x"}]),
+    chat("no content", "messages[0].content", messages=[{"role": "user"}]),
+    chat("content is null", "messages[0].content", messages=[{"role": "user", "content": None}]),
+    chat("content is a number", "messages[0].content", messages=[{"role": "user", "content": 5}]),
+    chat(
+        "an image",
+        "messages[0].content[0].type",
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+    ),
+    chat(
+        "a text part without text",
+        "messages[0].content[0].text",
+        messages=[{"role": "user", "content": [{"type": "text"}]}],
+    ),
+    chat(
+        "unknown field in a message",
+        "messages[0].color",
+        messages=[{"role": "user", "content": "x", "color": "red"}],
+    ),
+    chat(
+        "the second message is wrong",
+        "messages[1].content",
+        messages=[*HELLO, {"role": "assistant", "content": {}}],
+    ),
+    raw("a lone surrogate", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', words="JSON"),
+    raw("a lone surrogate in the model", b'{"model": "\\udfff", "messages": []}', words="JSON"),
+    # Sampling
+    chat("temperature too low", "temperature", temperature=-0.1),
+    chat("temperature too high", "temperature", temperature=2.1),
+    chat("temperature is a string", "temperature", temperature="1"),
+    chat("temperature is a boolean", "temperature", temperature=True),
+    raw("temperature is NaN", b'{"model": "m", "messages": [], "temperature": NaN}'),
+    raw("temperature is infinite", b'{"model": "m", "messages": [], "temperature": Infinity}'),
+    chat("top_p is zero", "top_p", top_p=0),
+    chat("top_p above one", "top_p", top_p=1.5),
+    chat("top_k is negative", "top_k", top_k=-1),
+    chat("top_k beyond the vocabulary", "top_k", top_k=10**6),
+    chat("min_p above one", "min_p", min_p=1.5),
+    chat("repetition_penalty is zero", "repetition_penalty", repetition_penalty=0),
+    chat("presence_penalty too low", "presence_penalty", presence_penalty=-3),
+    chat("frequency_penalty too high", "frequency_penalty", frequency_penalty=3),
+    chat("seed is a float", "seed", seed=1.5),
+    chat("seed beyond 64 bits", "seed", seed=2**64),
+    chat("n is zero", "n", n=0),
+    chat("n too high", "n", n=65),
+    chat("n is a string", "n", n="2"),
+    chat("max_tokens is zero", "max_tokens", max_tokens=0),
+    chat("max_tokens is negative", "max_tokens", max_tokens=-5),
+    chat("max_tokens is a float", "max_tokens", max_tokens=1.5),
+    chat("max_tokens beyond the context", "max_tokens", 400, "context", max_tokens=100_000),
+    chat("max_completion_tokens is zero", "max_completion_tokens", max_completion_tokens=0),
+    chat("an empty stop string", "stop", stop=""),
+    chat("an empty stop string in a list", "stop", stop=["a", ""]),
+    chat("too many stop strings", "stop", stop=["a", "b", "c", "d", "e"]),
+    chat("stop is a number", "stop", stop=5),
+    chat("stop holds a number", "stop", stop=["a", 5]),
+    chat("stop_token_ids is negative", "stop_token_ids[0]", stop_token_ids=[-1]),
+    chat("stop_token_ids beyond the vocabulary", "stop_token_ids", stop_token_ids=[49152]),
+    chat("logit_bias is a list", "logit_bias", logit_bias=[1]),
+    chat("logit_bias key is a word", "logit_bias", logit_bias={"hello": 1}),
+    chat("logit_bias key is negative", "logit_bias", logit_bias={"-1": 1}),
+    chat("logit_bias beyond the vocabulary", "logit_bias", logit_bias={"49152": 1}),
+    chat("logit_bias value too high", "logit_bias", logit_bias={"5": 101}),
+    chat("logprobs is a number", "logprobs", logprobs=5),
+    chat("top_logprobs too high", "top_logprobs", logprobs=True, top_logprobs=21),
+    chat("top_logprobs without logprobs", "top_logprobs", top_logprobs=2),
+    completion("logprobs too high", "logprobs", logprobs=21),
+    completion("logprobs is a boolean", "logprobs", logprobs=True),
+    # Streaming
+    chat("stream is a string", "stream", stream="yes"),
+    chat("stream_options without stream", "stream_options", stream_options={"include_usage": True}),
+    chat("unknown stream option", "stream_options.foo", stream=True, stream_options={"foo": 1}),
+    # What is not served
+    chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
+    chat("response_format json", "response_format.type", response_format={"type": "json_object"}),
+    chat("audio", "modalities[0]", modalities=["audio"]),
+    chat("store", "store", store=True),
+    completion("suffix", "suffix", suffix="x"),
+    completion("best_of above n", "best_of", best_of=3),
+    # Prompts
+    completion("prompt is a number", "prompt", prompt=5),
+    completion("prompt is null", "prompt", prompt=None),
+    completion("prompt is an object", "prompt", prompt={"a": 1}),
+    completion("prompt is an empty list", "prompt", prompt=[]),
+    completion("an empty prompt", "prompt", prompt=""),
+    completion("an empty list of tokens", "prompt", prompt=[[]]),
+    completion("mixed prompt", "prompt", prompt=["a", 1]),
+    completion("token beyond the vocabulary", "prompt", prompt=[1, 49152]),
+    completion("negative token", "prompt[0]", prompt=[-1]),
+    completion("too many prompts", "prompt", prompt=["a"] * 65),
+    completion("prompt beyond the context", "prompt", 400, "context", prompt=[5] * 9000, max_tokens=None),
+    chat(
+        "conversation beyond the context", "prompt", 400, "context",
+        messages=[{"role": "user", "content": "a b " * 9000}], max_tokens=None,
+    ),
+    completion("max_tokens is zero without echo", "max_tokens", max_tokens=0),
+    # Routes
+    raw("unknown route", b"{}", 404, "Unknown request URL", path="/v1/nothing"),
+    raw("wrong method", b"", 405, "not allowed", method="GET"),
+    raw("unknown model card", b"", 404, "does not exist", path="/v1/models/gpt-4o", method="GET"),
+]  # fmt: skip
