@@ -93,10 +93,11 @@ def _build(kind: Any, values: dict[str, Any], section: str) -> Any:
         _check_known(key, known, f"{section}.")
     try:
         return TypeAdapter(kind).validate_python(values)
-    except ParameterError as error:
-        raise ConfigError(f"{section}.{error}") from None
     except ValidationError as error:
         first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ParameterError):  # a dataclass's own check
+            raise ConfigError(f"{section}.{cause}") from None
         path = ".".join(str(part) for part in (section, *first["loc"]))
         raise ConfigError(f"{path}: {first['msg']}, got {first['input']!r}") from None
 

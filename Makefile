@@ -1,0 +1,47 @@
+# Each target does its own set-up; all of them may be run again at any time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup serve test lint bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+# torch first and alone, so that no other package pulls in another build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v g++ >/dev/null || command -v c++ >/dev/null || ./deploy/install-compiler.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=24"
+	@echo "Installing torch"
+	$(PIP) install --progress-bar on -c constraints.txt torch numpy
+	@echo "Installing Ray, transformers and the rest (about a minute)"
+	$(PIP) install --quiet -c constraints.txt -e ".[test]"
+	@echo "Building the native kernels"
+	$(BIN)/python -m kernels.cpu.build || echo "no C++ compiler: the slower torch reference will run"
+	$(BIN)/peregrine fetch
+	@touch $@
+
+# Options go in ARGS, e.g. make serve ARGS="--replicas 2 --port 9000"
+serve: setup
+	$(BIN)/peregrine serve $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+# Builds llama.cpp from source once (about five minutes on two cores).
+bench: setup
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/peregrine bench cpu --json docs/benchmarks/cpu.json
+	$(BIN)/peregrine bench serve --json docs/benchmarks/serve.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

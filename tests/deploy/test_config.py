@@ -1,0 +1,70 @@
+"""The YAML configuration: every wrong key and value is named."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.config import DEFAULT_MODEL, ConfigError, load_config
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "examples" / "peregrine.yaml"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "peregrine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults():
+    config = load_config(None)
+    assert config.engine.model == DEFAULT_MODEL
+    assert (config.cluster.host, config.cluster.port, config.cluster.replicas) == ("127.0.0.1", 8000, 1)
+
+
+def test_the_example_holds_the_defaults_and_every_key():
+    import dataclasses
+
+    import yaml
+
+    assert load_config(EXAMPLE) == load_config(None)
+    raw = yaml.safe_load(EXAMPLE.read_text())
+    config = load_config(None)
+    # Left out on purpose: one block size is supported, and num_blocks is for tests.
+    engine_keys = {f.name for f in dataclasses.fields(config.engine)} - {"block_size", "num_blocks"}
+    assert set(raw["engine"]) == engine_keys
+    assert set(raw["serving"]) == set(type(config.serving).model_fields)
+    assert set(raw["cluster"]) == set(type(config.cluster).model_fields)
+
+
+def test_options_win_over_the_file(tmp_path):
+    path = write(tmp_path, "cluster: {port: 9000, replicas: 3}\nengine: {max_num_seqs: 8}\n")
+    config = load_config(path, {"cluster": {"port": 9001}})
+    assert (config.cluster.port, config.cluster.replicas, config.engine.max_num_seqs) == (9001, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cluster: {replica: 2}", r"cluster\.replica: unknown key; did you mean cluster\.replicas\?"),
+        ("engin: {}", r"engin: unknown key; did you mean engine\?"),
+        ("engine: {max_seqs: 2}", r"engine\.max_seqs: unknown key; did you mean engine\.max_num_seqs\?"),
+        ("serving: {api_key: x}", r"did you mean serving\.api_keys\?"),
+        ("cluster: {port: high}", r"cluster\.port: .*integer"),
+        ("cluster: {port: 70000}", r"cluster\.port: .*65535"),
+        ("cluster: {haproxy: maybe}", r"cluster\.haproxy: .*'auto', 'on' or 'off'"),
+        ("engine: {device: tpu}", r"engine\.device: .*'auto', 'cpu' or 'cuda'"),
+        ("engine: {token_budget: 8}", r"engine\.token_budget: must be at least max_num_seqs"),
+        ("engine: 5", r"engine: must be a mapping"),
+        ("- a", r"must be a mapping with the sections"),
+        ("a: [", r"not valid YAML"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
+        load_config(tmp_path / "nothing.yaml")

@@ -1,0 +1,24 @@
+"""A live cluster of two replicas: real Ray, real HAProxy, real model."""
+
+import openai
+import pytest
+
+from deploy.cluster import running_cluster
+from deploy.config import load_config
+from deploy.ray_environment import free_port
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def cluster(smollm2):
+    """Base URL of two replicas."""
+    config = load_config(None, {"cluster": {"replicas": 2, "port": free_port()}})
+    with running_cluster(config) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def client(cluster):
+    with openai.OpenAI(base_url=f"{cluster}/v1", api_key="none", timeout=60, max_retries=0) as client:
+        yield client
