@@ -19,8 +19,11 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(state: ReplicaState) -> FastAPI:
-    """The app; `state` may get its engine later (`ReplicaState.ready`), until then requests get 503."""
+def create_app(state: ReplicaState, *, answers_with_id: bool = True) -> FastAPI:
+    """The app; `state` may get its engine later (`ReplicaState.ready`), until then requests get 503.
+
+    `answers_with_id`: see `FrontDoor`.
+    """
     app = FastAPI(
         title="Peregrine",
         version=package_version(),
@@ -31,6 +34,8 @@ def create_app(state: ReplicaState) -> FastAPI:
     install_error_handlers(app)
     for router in (chat_router, completions_router, operations_router):
         app.include_router(router(state, _RESPONSES))
-    app.add_middleware(FrontDoor, settings=state.settings, recorder=state.recorder)
+    app.add_middleware(
+        FrontDoor, settings=state.settings, recorder=state.recorder, answers_with_id=answers_with_id
+    )
     app.state.replica = state
     return app

@@ -14,14 +14,20 @@ from monitoring import Recorder
 from serving.errors import ApiError
 from serving.settings import ServingSettings
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class FrontDoor:
-    """Stamps `scope["state"]` with `request_id` and `arrival_time` (time.monotonic()), once."""
+    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), once.
 
-    def __init__(self, app: ASGIApp, settings: ServingSettings, recorder: Recorder) -> None:
+    `answers_with_id`: put an `x-request-id` on every response (Ray Serve does so itself).
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServingSettings, recorder: Recorder, *, answers_with_id: bool
+    ) -> None:
         self._app = app
+        self._answers_with_id = answers_with_id
         self._settings = settings
         self._recorder = recorder
         self._keys = tuple(key.encode() for key in settings.api_keys)
@@ -32,23 +38,26 @@ class FrontDoor:
             return
         arrival = time.monotonic()
         headers = dict(scope["headers"])
-        request_id = _request_id(headers)
-        scope.setdefault("state", {}).update(request_id=request_id, arrival_time=arrival)
+        scope.setdefault("state", {})["arrival_time"] = arrival
         status = 500
 
-        async def send_with_id(message: Message) -> None:
+        async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                if self._answers_with_id:
+                    message["headers"] = [
+                        *message.get("headers", []),
+                        (b"x-request-id", _request_id(headers)),
+                    ]
             await send(message)
 
         try:
             self._check_key(scope["path"], headers)
             self._check_length(headers)
-            await self._app(scope, self._limited(receive), send_with_id)
+            await self._app(scope, self._limited(receive), send_noting_status)
         except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            await error.response()(scope, receive, send_noting_status)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "unknown")
@@ -98,6 +107,6 @@ class FrontDoor:
         return ApiError(413, f"The body is larger than the limit of {limit} bytes.", code="request_too_large")
 
 
-def _request_id(headers: dict[bytes, bytes]) -> str:
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+def _request_id(headers: dict[bytes, bytes]) -> bytes:
+    given = headers.get(b"x-request-id", b"")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()

@@ -46,7 +46,7 @@ class Replica:
         self._publisher = asyncio.create_task(self._state.publish_stats())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._state)
+        return create_app(self._state, answers_with_id=False)
 
     async def check_health(self) -> None:
         await self._engine.check_health()

@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -36,7 +37,7 @@ def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]])
             prompt = await engine.tokenize_chat([m.as_template_input() for m in body.messages])
             check_context([prompt], body.max_new_tokens, engine.model.max_model_len)
             job = Job(
-                request_id=f"chatcmpl-{request.state.request_id}",
+                request_id=f"chatcmpl-{uuid.uuid4().hex}",
                 prompts=[prompt],
                 params=params,
                 model=engine.model.name,

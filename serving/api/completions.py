@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ def completions_router(state: ReplicaState, responses: dict[int | str, dict[str,
             prompts = await _tokenize(engine, body.prompt)
             check_context(prompts, body.max_new_tokens, engine.model.max_model_len)
             job = Job(
-                request_id=f"cmpl-{request.state.request_id}",
+                request_id=f"cmpl-{uuid.uuid4().hex}",
                 prompts=prompts,
                 params=params,
                 model=engine.model.name,
