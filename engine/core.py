@@ -25,7 +25,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             self.kv_cache,
             max_num_seqs=config.max_num_seqs,
-            token_budget=config.token_budget,
+            token_budget=self.runner.token_budget,
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
         )

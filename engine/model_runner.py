@@ -25,6 +25,7 @@ from engine.scheduler import ScheduledRequest, SchedulerOutput
 
 _DEFAULT_CPU_KV_BYTES = 1 << 30
 _GPU_MEMORY_SHARE = 0.9
+_DEFAULT_TOKEN_BUDGET = {"cpu": 128, "cuda": 2048}
 # One cap on what prompt logprobs materialise at a time: rows x vocabulary x 4 bytes.
 _LOGPROB_ROWS = 64
 
@@ -46,6 +47,9 @@ class ModelRunner:
         if self.device.type == "cpu" and config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
             kernels.set_num_threads(config.num_threads)
+        self.token_budget = config.token_budget or max(
+            _DEFAULT_TOKEN_BUDGET[self.device.type], config.max_num_seqs
+        )
         keep_packed = config.dtype == "auto"
         dtype = self._resolve_dtype()
         shape = checkpoint.config
@@ -94,7 +98,7 @@ class ModelRunner:
         Writes into the KV cache's first blocks, which hold nothing yet.
         """
         capacity = self.num_blocks * self.config.block_size
-        num_tokens = max(1, min(self.config.token_budget, self.max_model_len - 1, capacity - 1))
+        num_tokens = max(1, min(self.token_budget, self.max_model_len - 1, capacity - 1))
         request = Request(
             "warm-up", [0] * num_tokens, SamplingParams(top_p=0.9), max_model_len=self.max_model_len + 1
         )

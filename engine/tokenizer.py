@@ -27,7 +27,7 @@ class Tokenizer:
         self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._hf.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
