@@ -25,8 +25,8 @@ class EngineConfig:
         kv_cache_bytes: memory for the KV cache; None takes 1 GiB on the CPU, 90% of what is free on a GPU.
         num_blocks: overrides `kv_cache_bytes` (tests).
         max_num_seqs: most requests that run at the same time.
-        token_budget: most tokens computed in one step (decode tokens first, then prompt chunks). It bounds how
-            long a prompt holds up the streams beside it. None takes 128 on the CPU (about 0.1 s for a
+        token_budget: most tokens computed in one step (decode tokens first, then prompt chunks). It bounds
+            how long a prompt holds up the streams beside it. None takes 128 on the CPU (about 0.1 s for a
             135M model on two cores, and larger chunks gain nothing there), 2,048 on a GPU.
         enable_prefix_caching: reuse blocks of equal prompt prefixes.
         num_threads: CPU threads of the model; None takes every core this process may use.
