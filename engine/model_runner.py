@@ -61,6 +61,9 @@ class ModelRunner:
             device=self.device,
             keep_packed=keep_packed,
         )
+        if self.device.type == "cpu" and _runs_natively(self.model):
+            # torch has only small ops left, and its idle OpenMP threads spin on the kernel threads' cores.
+            torch.set_num_threads(1)
         kv_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.num_blocks = self._size_kv_cache(shape.num_kv_bytes_per_token(kv_dtype.itemsize))
         self.kv_cache = KVCache.allocate(shape, self.num_blocks, config.block_size, kv_dtype, self.device)
@@ -187,6 +190,11 @@ def _weight_tensors(model: LlamaModel) -> list[Tensor | kernels.PackedWeight]:
     for attention, ffn in weights.layers:
         tensors += [attention.norm, attention.qkv, attention.o, ffn.norm, ffn.gate_up, ffn.down]
     return tensors
+
+
+def _runs_natively(model: LlamaModel) -> bool:
+    matrices = [w for attention, ffn in model.weights.layers for w in (attention.qkv, ffn.gate_up)]
+    return kernels.backend_name() == "native" and all(isinstance(w, kernels.PackedWeight) for w in matrices)
 
 
 def _resolve_device(config: EngineConfig) -> torch.device:

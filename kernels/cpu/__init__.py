@@ -78,7 +78,9 @@ def _load() -> Any:
     library.pg_attention_block.argtypes = [POINTER(_AttentionBlock), POINTER(_Step), *[pointer] * 3]
     library.pg_ffn_block.argtypes = [POINTER(_FfnBlock), pointer, c_int64]
     library.pg_logits.argtypes = [POINTER(_Matrix), pointer, c_float, pointer, c_int64, pointer]
+    library.pg_embed.argtypes = [POINTER(_Matrix), pointer, c_int64, pointer]
     for name in (
+        "pg_embed",
         "pg_set_threads",
         "pg_linear",
         "pg_paged_attention",
@@ -125,6 +127,16 @@ def logits(x: Tensor, norm: Tensor, eps: float, head: Weight) -> Tensor:
     x = _float_rows(x)
     out = torch.empty(x.shape[0], head.n)
     _lib.pg_logits(byref(_matrix(head)), norm.data_ptr(), eps, x.data_ptr(), x.shape[0], out.data_ptr())
+    return out
+
+
+def embed(token_ids: Tensor, table: Weight) -> Tensor:
+    """See `reference.embed`."""
+    if not isinstance(table, PackedWeight):
+        return reference.embed(token_ids, table)
+    out = torch.empty(token_ids.shape[0], table.k)
+    ids = _address(token_ids, torch.int64)
+    _lib.pg_embed(byref(_matrix(table)), ids, token_ids.shape[0], out.data_ptr())
     return out
 
 

@@ -142,6 +142,13 @@ def test_ffn_block(bits, m):
     assert relative_error(got - x, expected - x) < (2e-4 if bits else 1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embed(bits):
+    table = random_packed(50, 96, bits)
+    ids = torch.tensor([49, 0, 17, 17, 31])
+    torch.testing.assert_close(cpu.embed(ids, table), kernels.dequantize(table)[ids], rtol=1e-6, atol=1e-6)
+
+
 def test_logits():
     head, norm = random_packed(1000, 64, 8), torch.rand(64)
     x = torch.randn(5, 64)

@@ -217,4 +217,24 @@ void pg_logits(const Matrix* head, const float* norm, float eps, const float* x,
        [&](int64_t token, int64_t row, vf v) { put<false>(out + token * head->n, v, nullptr, row, head->n); });
 }
 
+// Dequantized rows: out [m, k] for row numbers ids [m].
+void pg_embed(const Matrix* table, const int64_t* ids, int64_t m, float* out) {
+  const int code_bytes = kTileRows * kGroup * table->bits / 8, tile_bytes = code_bytes + 4 * kTileRows;
+  const int groups = table->k / kGroup;
+  for (int64_t i = 0; i < m; ++i) {
+    const int lane = static_cast<int>(ids[i] % kTileRows);
+    const uint8_t* tile = table->data + ids[i] / kTileRows * groups * static_cast<int64_t>(tile_bytes);
+    float* row = out + i * table->k;
+    for (int g = 0; g < groups; ++g, tile += tile_bytes, row += kGroup) {
+      const float scale = load_half(tile + code_bytes)[lane];
+      const float offset = load_half(tile + code_bytes + 2 * kTileRows)[lane];
+      for (int c = 0; c < kGroup; ++c) {
+        const int quad = c / 4, byte = 4 * lane + c % 4;
+        const int code = table->bits == 4 ? tile[64 * (quad / 2) + byte] >> (quad % 2 * 4) & 15 : tile[64 * quad + byte];
+        row[c] = scale * static_cast<float>(code) + offset;
+      }
+    }
+  }
+}
+
 }  // extern "C"
