@@ -96,7 +96,7 @@ def _print_ready(url: str, name: str, settings: Any) -> None:
     )
     console.print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
-        f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of '
+        f'\'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of '
         "France?\"}]}'",
         highlight=False,
         soft_wrap=True,

@@ -4,7 +4,7 @@ import pytest
 
 from tests.serving.malformed import CASES
 
-pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = pytest.mark.model
 
 
 def test_the_table_is_large_and_its_names_are_unique():
