@@ -1,5 +1,6 @@
 """The `peregrine` command. Heavy imports wait until a command needs them."""
 
+import json
 import os
 import signal
 import threading
@@ -94,12 +95,13 @@ def _print_ready(url: str, name: str, settings: Any) -> None:
     console.print(
         f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}. Try:"
     )
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": name, "temperature": 0, "messages": [question]})
     console.print(
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d "
-        f'\'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of '
-        "France?\"}]}'",
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 
