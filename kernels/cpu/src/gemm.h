@@ -63,7 +63,8 @@ struct QuantizedRows {
   }
 };
 
-// out(row block, token) for kRowBlocks neighbouring row blocks and kTokens tokens.
+// out(row block, token) for kRowBlocks neighbouring row blocks and kTokens tokens. Two row blocks by four tokens
+// is the largest tile whose sums and weights fit into 32 registers; it reaches the rate of the dot products.
 template <int kBits, int kTokens, int kRowBlocks>
 static inline void gemm_tile(const uint8_t* weights, int64_t block_stride, const int8_t* codes, const float* scale,
                              const float* scaled_sum, int k, vf (&out)[kRowBlocks][kTokens]) {
@@ -74,45 +75,55 @@ static inline void gemm_tile(const uint8_t* weights, int64_t block_stride, const
   for (int b = 0; b < kRowBlocks; ++b)
     for (int t = 0; t < kTokens; ++t) out[b][t] = vf{};
   for (int g = 0; g < groups; ++g) {
+    vb w[kRowBlocks][kQuads];
+    vf w_scale[kRowBlocks], w_offset[kRowBlocks];
     for (int b = 0; b < kRowBlocks; ++b) {
       const uint8_t* tile = weights + b * block_stride + static_cast<int64_t>(g) * kTileBytes;
 #if defined(__x86_64__)
-      for (int line = 0; line < kTileBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(tile) + 6 * kTileBytes + line, _MM_HINT_T0);
+      if constexpr (kTokens == 1)  // many tokens keep their weights in the cache
+        for (int line = 0; line < kTileBytes; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(tile) + 6 * kTileBytes + line, _MM_HINT_T0);
 #endif
-      vb w[kQuads];
       if constexpr (kBits == 4) {
+#pragma GCC unroll 4
         for (int v = 0; v < kQuads / 2; ++v) {
           const vb both = load<vb>(tile + 64 * v);
-          w[2 * v] = both & 15;
-          w[2 * v + 1] = (vb)(((vi)both >> 4) & 0x0f0f0f0f);
+          w[b][2 * v] = both & 15;
+          w[b][2 * v + 1] = (vb)(((vi)both >> 4) & 0x0f0f0f0f);
         }
       } else {
-        for (int v = 0; v < kQuads; ++v) w[v] = load<vb>(tile + 64 * v);
+#pragma GCC unroll 8
+        for (int v = 0; v < kQuads; ++v) w[b][v] = load<vb>(tile + 64 * v);
       }
-      const vf w_scale = load_half(tile + kCodeBytes), w_offset = load_half(tile + kCodeBytes + 2 * kTileRows);
-      for (int t = 0; t < kTokens; ++t) {
-        const int8_t* x = codes + 2 * static_cast<int64_t>(t) * k + g * kGroup;
-        vi high{}, low{};
-        for (int q = 0; q < kQuads; ++q) {
-          int32_t high_quad, low_quad;
-          std::memcpy(&high_quad, x + 4 * q, 4);
-          std::memcpy(&low_quad, x + k + 4 * q, 4);
-          high = dot4<(1 << kBits) - 1>(high, w[q], high_quad);
-          low = dot4<(1 << kBits) - 1>(low, w[q], low_quad);
+      w_scale[b] = load_half(tile + kCodeBytes);
+      w_offset[b] = load_half(tile + kCodeBytes + 2 * kTileRows);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const int8_t* x = codes + 2 * static_cast<int64_t>(t) * k + g * kGroup;
+      vi high[kRowBlocks] = {}, low[kRowBlocks] = {};
+#pragma GCC unroll 8
+      for (int q = 0; q < kQuads; ++q) {
+        const vi high_quad = splat_quad(x + 4 * q), low_quad = splat_quad(x + k + 4 * q);
+        for (int b = 0; b < kRowBlocks; ++b) {
+          high[b] = dot4<(1 << kBits) - 1>(high[b], w[b][q], high_quad);
+          low[b] = dot4<(1 << kBits) - 1>(low[b], w[b][q], low_quad);
         }
-        const vi acc = (high << 8) + low;
-        const int64_t i = static_cast<int64_t>(t) * groups + g;
-        out[b][t] += to_float(acc) * (w_scale * scale[i]);
-        out[b][t] += w_offset * scaled_sum[i];
+      }
+      const int64_t i = static_cast<int64_t>(t) * groups + g;
+      for (int b = 0; b < kRowBlocks; ++b) {
+        const vf dot = to_float((high[b] << 8) + low[b]);
+        out[b][t] = fma(dot, w_scale[b] * scale[i], out[b][t]);
+        out[b][t] = fma(w_offset[b], splat(scaled_sum[i]), out[b][t]);
       }
     }
   }
 }
 
-// sink(token, first row, 16 values) for each row block of [first, last) and each of m tokens.
+// sink(token, first row, 16 values) for each row block of [first, last) and each of tokens [begin, end).
 template <int kBits, class Sink>
-static void gemm_rows(const Matrix& w, const QuantizedRows& x, int64_t m, int64_t first, int64_t last, Sink&& sink) {
+static void gemm_rows(const Matrix& w, const QuantizedRows& x, int64_t begin, int64_t end, int64_t first, int64_t last,
+                      Sink&& sink) {
   const int64_t block_stride =
       static_cast<int64_t>(w.k / kGroup) * (kTileRows * kGroup * kBits / 8 + 4 * kTileRows);
   auto tile = [&]<int kTokens, int kRowBlocks>(int64_t block, int64_t token) {
@@ -123,28 +134,32 @@ static void gemm_rows(const Matrix& w, const QuantizedRows& x, int64_t m, int64_
     for (int b = 0; b < kRowBlocks; ++b)
       for (int t = 0; t < kTokens; ++t) sink(token + t, (block + b) * kTileRows, out[b][t]);
   };
+  auto tokens = [&]<int kRowBlocks>(int64_t block) {
+    int64_t t = begin;
+    for (; t + 4 <= end; t += 4) tile.template operator()<4, kRowBlocks>(block, t);
+    if (t + 3 == end) tile.template operator()<3, kRowBlocks>(block, t);
+    if (t + 2 == end) tile.template operator()<2, kRowBlocks>(block, t);
+    if (t + 1 == end) tile.template operator()<1, kRowBlocks>(block, t);
+  };
   int64_t block = first;
-  if (m < 4) {  // few tokens: several row blocks side by side hide the latency of the dot products
-    for (; block + 4 <= last; block += 4)
-      for (int64_t t = 0; t < m; ++t) tile.template operator()<1, 4>(block, t);
-  }
-  for (; block < last; ++block) {
-    int64_t t = 0;
-    for (; t + 8 <= m; t += 8) tile.template operator()<8, 1>(block, t);
-    for (; t + 4 <= m; t += 4) tile.template operator()<4, 1>(block, t);
-    for (; t < m; ++t) tile.template operator()<1, 1>(block, t);
-  }
+  for (; block + 2 <= last; block += 2) tokens.template operator()<2>(block);
+  if (block < last) tokens.template operator()<1>(block);
 }
 
 // All rows of w, in parallel. The sink runs on any thread, once for each (token, row block).
 template <class Sink>
 static void gemm(ThreadPool& pool, const Matrix& w, const QuantizedRows& x, int64_t m, Sink&& sink) {
+  // A panel of tokens and a chunk of weights stay in the L2 cache together.
+  constexpr int64_t kPanel = 128, kMaxChunk = 32;
   const int64_t blocks = (w.n + kTileRows - 1) / kTileRows;
-  // Chunks small enough to balance two threads within some percent, large enough to amortise the ticket.
-  const int64_t per_chunk = std::max<int64_t>(4, (blocks / (pool.size() * 6) + 3) / 4 * 4);
+  // Chunks small enough to balance the threads within some percent, large enough to amortise the ticket.
+  const int64_t per_chunk = std::clamp<int64_t>(blocks / (pool.size() * 8) / 2 * 2, 2, kMaxChunk);
   pool.run((blocks + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
     const int64_t first = chunk * per_chunk, last = std::min(blocks, first + per_chunk);
-    if (w.bits == 4) gemm_rows<4>(w, x, m, first, last, sink);
-    else gemm_rows<8>(w, x, m, first, last, sink);
+    for (int64_t begin = 0; begin < m; begin += kPanel) {
+      const int64_t end = std::min(m, begin + kPanel);
+      if (w.bits == 4) gemm_rows<4>(w, x, begin, end, first, last, sink);
+      else gemm_rows<8>(w, x, begin, end, first, last, sink);
+    }
   });
 }

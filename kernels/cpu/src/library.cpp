@@ -45,10 +45,10 @@ float inverse_rms(const float* x, int n, float eps) {
   return 1.0f / std::sqrt(total / n + eps);
 }
 
-// Rows in parallel; few rows are not worth waking anyone.
+// Rows in parallel; one or two are not worth a handover.
 template <class Fn>
 void for_rows(int64_t m, Fn&& fn) {
-  const int64_t per_chunk = 8;
+  const int64_t per_chunk = std::clamp<int64_t>(m / (pool().size() * 4), 2, 8);
   pool().run((m + per_chunk - 1) / per_chunk, [&](int64_t chunk) {
     for (int64_t row = chunk * per_chunk; row < std::min(m, (chunk + 1) * per_chunk); ++row) fn(row);
   });

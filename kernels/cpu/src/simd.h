@@ -28,7 +28,24 @@ static inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 static inline vf splat(float x) { return vf{} + x; }
+static inline vi splat_int(int32_t x) { return vi{} + x; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+
+// a * b + c. Written out, so that every instantiation of a kernel rounds alike.
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Four bytes in every lane.
+static inline vi splat_quad(const int8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, 4);
+  return splat_int(quad);
+}
 
 static inline vf load_half(const void* p) {
 #if defined(__AVX512F__)
@@ -45,35 +62,36 @@ static inline vf load_half(const void* p) {
 #endif
 }
 
-// acc[lane] += sum over j in 0..3 of w[4 lane + j] * x[j], w unsigned, x signed (four int8 in one int32).
+// acc[lane] += sum over j in 0..3 of w[4 lane + j] * x[4 lane + j], w unsigned, x signed.
 // kMaxCode is the largest w: AVX2's 16-bit intermediate sums saturate beyond 128.
 template <int kMaxCode>
-static inline vi dot4(vi acc, vb w, int32_t x) {
+static inline vi dot4(vi acc, vb w, vi x) {
 #if defined(__AVX512VNNI__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVX2__)
-  __m256i part[2], sum[2];
+  __m256i part[2], xs[2], sum[2];
   std::memcpy(part, &w, 64);
+  std::memcpy(xs, &x, 64);
   std::memcpy(sum, &acc, 64);
-  const __m256i xs = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
   for (int h = 0; h < 2; ++h) {
     if constexpr (kMaxCode < 128) {
-      sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(_mm256_maddubs_epi16(part[h], xs), ones));
+      sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(_mm256_maddubs_epi16(part[h], xs[h]), ones));
     } else {
       const __m256i lo = _mm256_and_si256(part[h], low);
       const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(part[h], 4), low);
-      const __m256i dots_lo = _mm256_madd_epi16(_mm256_maddubs_epi16(lo, xs), ones);
-      const __m256i dots_hi = _mm256_madd_epi16(_mm256_maddubs_epi16(hi, xs), ones);
+      const __m256i dots_lo = _mm256_madd_epi16(_mm256_maddubs_epi16(lo, xs[h]), ones);
+      const __m256i dots_hi = _mm256_madd_epi16(_mm256_maddubs_epi16(hi, xs[h]), ones);
       sum[h] = _mm256_add_epi32(sum[h], _mm256_add_epi32(dots_lo, _mm256_slli_epi32(dots_hi, 4)));
     }
   }
   std::memcpy(&acc, sum, 64);
   return acc;
 #else
-  int8_t xs[4];
-  std::memcpy(xs, &x, 4);
+  int8_t xs[64];
+  std::memcpy(xs, &x, 64);
   for (int lane = 0; lane < kLanes; ++lane)
-    for (int j = 0; j < 4; ++j) acc[lane] += static_cast<int32_t>(w[4 * lane + j]) * xs[j];
+    for (int j = 0; j < 4; ++j) acc[lane] += static_cast<int32_t>(w[4 * lane + j]) * xs[4 * lane + j];
   return acc;
 #endif
 }
