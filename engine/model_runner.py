@@ -168,13 +168,11 @@ class ModelRunner:
 
     def _describe(self, checkpoint: Checkpoint, keep_packed: bool, dtype: torch.dtype) -> ModelInfo:
         tensors = _weight_tensors(self.model)
-        packed = keep_packed and any(isinstance(t, kernels.PackedWeight) for t in tensors)
+        packed = keep_packed and not all(isinstance(t, Tensor) for t in tensors)
         return ModelInfo(
             name=self.config.served_model_name or Path(self.config.model).name.removesuffix(".gguf"),
             architecture=checkpoint.config.architecture,
-            num_parameters=sum(
-                t.n * t.k if isinstance(t, kernels.PackedWeight) else t.numel() for t in tensors
-            ),
+            num_parameters=sum(t.numel() if isinstance(t, Tensor) else t.n * t.k for t in tensors),
             max_model_len=self.max_model_len,
             vocab_size=checkpoint.config.vocab_size,
             weight_bytes=sum(t.nbytes for t in tensors),
@@ -182,19 +180,29 @@ class ModelRunner:
         )
 
 
-def _weight_tensors(model: LlamaModel) -> list[Tensor | kernels.PackedWeight]:
+def _weight_tensors(model: LlamaModel) -> list[kernels.Weight]:
     weights = model.weights
-    tensors: list[Tensor | kernels.PackedWeight] = [weights.embedding, weights.final_norm]
+    tensors: list[kernels.Weight] = [weights.embedding, weights.final_norm]
     if weights.head is not weights.embedding:
         tensors.append(weights.head)
     for attention, ffn in weights.layers:
-        tensors += [attention.norm, attention.qkv, attention.o, ffn.norm, ffn.gate_up, ffn.down]
+        tensors += [attention.qkv, attention.o, ffn.gate_up, ffn.down]
+        norms = (
+            attention.norm,
+            attention.q_norm,
+            attention.k_norm,
+            attention.post_norm,
+            ffn.norm,
+            ffn.post_norm,
+        )
+        biases = (attention.qkv_bias, attention.o_bias, ffn.gate_up_bias, ffn.down_bias)
+        tensors += [t for t in (*norms, *biases) if t is not None]
     return tensors
 
 
 def _runs_natively(model: LlamaModel) -> bool:
     matrices = [w for attention, ffn in model.weights.layers for w in (attention.qkv, ffn.gate_up)]
-    return kernels.backend_name() == "native" and all(isinstance(w, kernels.PackedWeight) for w in matrices)
+    return kernels.backend_name() == "native" and not any(isinstance(w, Tensor) for w in matrices)
 
 
 def _resolve_device(config: EngineConfig) -> torch.device:

@@ -13,7 +13,16 @@ from kernels.dispatch import (
     logits,
     set_num_threads,
 )
-from kernels.formats import PackedWeight, concat_rows, dequantize, pack, unpack
+from kernels.formats import (
+    Format,
+    IntegerWeight,
+    PackedWeight,
+    StackedWeight,
+    dequantize,
+    pack,
+    stack,
+    unpack,
+)
 from kernels.gguf_formats import from_gguf
 from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
 
@@ -21,11 +30,13 @@ __all__ = [
     "AttentionMetadata",
     "AttentionWeights",
     "FFNWeights",
+    "Format",
+    "IntegerWeight",
     "PackedWeight",
+    "StackedWeight",
     "Weight",
     "attention_block",
     "backend_name",
-    "concat_rows",
     "dequantize",
     "embed",
     "ffn_block",
@@ -34,5 +45,6 @@ __all__ = [
     "logits",
     "pack",
     "set_num_threads",
+    "stack",
     "unpack",
 ]

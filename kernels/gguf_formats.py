@@ -3,16 +3,17 @@
 Scales are float16 in both; the offsets are exact in float16 as well (a power of two times a scale).
 
 Block layouts: ggml's quantization types (group of 32): Q4_0 {f16 d; 16 B}, Q4_1 {f16 d, f16 m; 16 B},
-Q8_0 {f16 d; 32 x i8}. In the 4-bit types byte j holds column j in its low and column j + 16 in its high
-nibble.
+Q5_0 {f16 d; u32 fifth bits; 16 B}, Q5_1 {f16 d, f16 m; u32 fifth bits; 16 B}, Q8_0 {f16 d; 32 x i8}. In the
+4- and 5-bit types byte j holds column j in its low and column j + 16 in its high nibble.
 """
 
 import numpy as np
 import torch
 
-from kernels.formats import GROUP_SIZE, PackedWeight, pack
+from kernels.formats import Format, IntegerWeight, PackedWeight, pack
 
-_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+GROUP_SIZE = 32
+_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 
 
 def from_gguf(raw: np.ndarray, gguf_type: str, shape: tuple[int, int]) -> PackedWeight | None:
@@ -32,10 +33,18 @@ def from_gguf(raw: np.ndarray, gguf_type: str, shape: tuple[int, int]) -> Packed
         codes, offset, bits = blocks[..., 2:] + np.uint8(128), scale * np.float16(-128), 8  # wraps: i8 + 128
     else:
         nibbles = blocks[..., -16:]
-        codes, bits = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1), 4
-        offset = _half(blocks, 2) if gguf_type == "Q4_1" else scale * np.float16(-8)
+        codes, bits = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1), int(gguf_type[1])
+        if bits == 5:
+            fifth = np.unpackbits(blocks[..., -20:-16], axis=-1, bitorder="little")
+            codes |= fifth << 4
+        offset = _half(blocks, 2) if gguf_type.endswith("_1") else scale * np.float16(-(1 << (bits - 1)))
     return pack(
-        torch.from_numpy(codes.reshape(n, k)), torch.from_numpy(scale), torch.from_numpy(offset), bits
+        IntegerWeight(
+            Format(bits, GROUP_SIZE, "affine"),
+            torch.from_numpy(codes.reshape(n, k)),
+            torch.from_numpy(scale),
+            torch.from_numpy(offset),
+        )
     )
 
 

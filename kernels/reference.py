@@ -1,5 +1,7 @@
 """Every op in plain torch: the executable specification, and the fallback on any device."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,7 +12,7 @@ from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weigh
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] transposed, float32 [T, N]; computed in the weight's dtype."""
-    dense = dequantize(weight).to(x.device) if isinstance(weight, PackedWeight) else weight
+    dense = weight if isinstance(weight, Tensor) else dequantize(weight)
     out = functional.linear(x.to(dense.dtype), dense).float()
     return out if bias is None else out + bias
 
@@ -83,14 +85,26 @@ def attention_block(
     query, keys = apply_rope(query, cos, sin), apply_rope(keys, cos, sin)
     append_kv(keys, values, k_cache, v_cache, metadata.slot_mapping)
     out = paged_attention(query, k_cache, v_cache, metadata, w.scale, w.window)
-    x += linear(out.flatten(1), w.o, w.o_bias)
+    add_projection(x, linear(out.flatten(1), w.o, w.o_bias), w.post_norm, w.eps)
 
 
-def ffn_block(x: Tensor, weights: FFNWeights) -> None:
-    """x [T, hidden] += down(silu(gate(norm(x))) * up(norm(x))), in place (Shazeer 2020)."""
+def ffn_block(
+    x: Tensor, weights: FFNWeights, linear: Callable[[Tensor, Weight, Tensor | None], Tensor] = linear
+) -> None:
+    """x [T, hidden] += down(act(gate(norm(x))) * up(norm(x))), in place (Shazeer 2020)."""
     w = weights
     gate, up = linear(rms_norm(x, w.norm, w.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
-    x += linear(functional.silu(gate) * up, w.down, w.down_bias)
+    add_projection(x, linear(activate(gate, w.activation) * up, w.down, w.down_bias), w.post_norm, w.eps)
+
+
+def activate(gate: Tensor, activation: str) -> Tensor:
+    """silu, or gelu in its tanh form."""
+    return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+
+
+def add_projection(x: Tensor, out: Tensor, post_norm: Tensor | None, eps: float) -> None:
+    """x += out, through RMSNorm where the block has a norm behind it, in place."""
+    x += out if post_norm is None else rms_norm(out, post_norm, eps)
 
 
 def logits(x: Tensor, norm: Tensor, eps: float, head: Weight) -> Tensor:
@@ -102,4 +116,5 @@ def embed(token_ids: Tensor, table: Weight) -> Tensor:
     """float32 rows [T, hidden] of the embedding table for token_ids int64 [T]."""
     if isinstance(table, PackedWeight):
         return take_rows(table, token_ids)
+    assert isinstance(table, Tensor), "an embedding table is one matrix"
     return functional.embedding(token_ids, table).float()

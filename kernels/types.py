@@ -1,13 +1,14 @@
 """What the fused ops take: weights of a block, and where a step's tokens lie in the KV cache."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from kernels.formats import PackedWeight
+from kernels.formats import PackedWeight, StackedWeight
 
-Weight = Tensor | PackedWeight
-"""A linear layer's [N, K] matrix, dense or packed."""
+Weight = Tensor | PackedWeight | StackedWeight
+"""A linear layer's [N, K] matrix, dense or packed, or packed matrices of different formats along N."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -17,7 +18,8 @@ class AttentionWeights:
     norm: float32 [hidden]. qkv: [(heads + 2 kv_heads) * head_dim, hidden]. o: [hidden, heads * head_dim].
     cos, sin: float32 [max positions, head_dim / 2], for the rotate-half convention. window: keys further
     back than this many tokens are not seen (None: all are). q_norm, k_norm: float32 [head_dim], RMSNorm
-    over each head before the rotation.
+    over each head before the rotation. post_norm: float32 [hidden], RMSNorm of the block's output before it
+    is added to the residual stream.
     """
 
     norm: Tensor
@@ -34,14 +36,15 @@ class AttentionWeights:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    post_norm: Tensor | None = None
     window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class FFNWeights:
-    """One SwiGLU block: norm, fused gate and up (rows of gate, then up), down projection.
+    """One gated block: norm, fused gate and up (rows of gate, then up), down projection.
 
-    norm: float32 [hidden]. gate_up: [2 ffn, hidden]. down: [hidden, ffn].
+    norm: float32 [hidden]. gate_up: [2 ffn, hidden]. down: [hidden, ffn]. post_norm: as in AttentionWeights.
     """
 
     norm: Tensor
@@ -50,6 +53,8 @@ class FFNWeights:
     eps: float
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    post_norm: Tensor | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture (format: ggml's GGUF specification, version 3)."""
+"""GGUF files of the llama and gemma3 architectures (format: ggml's GGUF specification, version 3)."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,6 @@ _TENSOR_NAMES = {
 }
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -34,7 +33,19 @@ _LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
+_LLAMA_NAMES = {**_LAYER_NAMES, "post_attention_layernorm": "ffn_norm"}
+_GEMMA3_NAMES = {
+    **_LAYER_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GEMMA3_27B_LAYERS = 62  # the one size whose attention scale is not that of head_dim
+_GEMMA3_GLOBAL_EVERY = 6
+_GEMMA3_LOCAL_ROPE = RopeConfig(10_000.0)
 
 
 class GgufCheckpoint:
@@ -69,7 +80,7 @@ class GgufCheckpoint:
         return frozenset(int(v) for k in keys if (v := self._field(k)) is not None)
 
     def has(self, name: str) -> bool:
-        return _gguf_name(name) in self._tensors
+        return self._gguf_name(name) in self._tensors
 
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
         tensor = self._get(name)
@@ -108,13 +119,15 @@ class GgufCheckpoint:
 
     def _get(self, name: str) -> Any:
         try:
-            return self._tensors[_gguf_name(name)]
+            return self._tensors[self._gguf_name(name)]
         except KeyError:
-            raise ModelLoadError(f"{self.path}: tensor {_gguf_name(name)} is missing") from None
+            raise ModelLoadError(f"{self.path}: tensor {self._gguf_name(name)} is missing") from None
 
     def _to_hf_row_order(self, name: str, data: np.ndarray) -> np.ndarray:
-        # The converter interleaves the two rotary halves of each head's q and k rows; undo it. Rows are
+        # The llama converter interleaves the two rotary halves of each head's q and k rows; undo it. Rows are
         # contiguous in every GGUF type, so that this works on packed bytes too.
+        if self.config.architecture != "LlamaForCausalLM":
+            return data
         if "q_proj" in name:
             num_heads = self.config.num_heads
         elif "k_proj" in name:
@@ -124,53 +137,80 @@ class GgufCheckpoint:
         heads = data.reshape(num_heads, self.config.head_dim // 2, 2, *data.shape[1:])
         return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(data.shape))
 
+    def _gguf_name(self, name: str) -> str:
+        if name in _TENSOR_NAMES:
+            return _TENSOR_NAMES[name]
+        names = _GEMMA3_NAMES if self.config.architecture.startswith("Gemma3") else _LLAMA_NAMES
+        parts = name.split(".")  # model.layers.<i>.<module...>.<weight|bias>
+        return f"blk.{parts[2]}.{names.get('.'.join(parts[3:-1]), '?')}.{parts[-1]}"
+
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
 
     def _read_config(self) -> ModelConfig:
-        if (arch := self._field("general.architecture")) != "llama":
+        arch = self._field("general.architecture")
+        if arch not in ("llama", "gemma3"):
             raise ModelLoadError(
-                f"{self.path}: GGUF architecture {arch!r} is not supported (supported: llama)"
+                f"{self.path}: GGUF architecture {arch!r} is not supported (supported: llama, gemma3)"
             )
 
+        def optional(key: str) -> Any:
+            return self._field(f"{arch}.{key}")
+
         def required(key: str) -> Any:
-            if (value := self._field(f"llama.{key}")) is None:
-                raise ModelLoadError(f"{self.path}: metadata llama.{key} is missing")
+            if (value := optional(key)) is None:
+                raise ModelLoadError(f"{self.path}: metadata {arch}.{key} is missing")
             return value
 
         num_heads, hidden_size = int(required("attention.head_count")), int(required("embedding_length"))
+        num_layers = int(required("block_count"))
+        head_dim = int(optional("attention.key_length") or hidden_size // num_heads)
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
             raise ModelLoadError(f"{self.path}: tensor token_embd.weight is missing")
+        extra: dict[str, Any] = {}
+        if arch == "gemma3":
+            window = int(required("attention.sliding_window"))
+            is_global = ((i + 1) % _GEMMA3_GLOBAL_EVERY == 0 for i in range(num_layers))
+            extra = {
+                "windows": tuple(None if is_full else window for is_full in is_global),
+                "local_rope": _GEMMA3_LOCAL_ROPE,
+                "activation": "gelu_tanh",
+                "embedding_scale": hidden_size**0.5,
+                "query_scalar": hidden_size / num_heads if num_layers == _GEMMA3_27B_LAYERS else None,
+                "has_qk_norm": True,
+                "has_post_norms": True,  # norm_offset stays 0: the converter has added the 1
+            }
         return ModelConfig(
-            architecture="LlamaForCausalLM",
+            architecture="Gemma3ForCausalLM" if arch == "gemma3" else "LlamaForCausalLM",
             vocab_size=int(embedding.shape[1]),
             hidden_size=hidden_size,
             intermediate_size=int(required("feed_forward_length")),
-            num_layers=int(required("block_count")),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=int(self._field("llama.attention.head_count_kv") or num_heads),
-            head_dim=int(self._field("llama.attention.key_length") or hidden_size // num_heads),
+            num_kv_heads=int(optional("attention.head_count_kv") or num_heads),
+            head_dim=head_dim,
             rms_norm_eps=float(required("attention.layer_norm_rms_epsilon")),
             max_position_embeddings=int(required("context_length")),
-            rope=self._read_rope(),
+            rope=self._read_rope(arch),
             tie_word_embeddings="output.weight" not in self._tensors,
             attention_bias="blk.0.attn_q.bias" in self._tensors,
             mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+            **extra,
         )
 
-    def _read_rope(self) -> RopeConfig:
-        theta = float(self._field("llama.rope.freq_base") or 10_000.0)
+    def _read_rope(self, arch: str) -> RopeConfig:
+        theta = float(self._field(f"{arch}.rope.freq_base") or 10_000.0)
         if (divisors := self._tensors.get("rope_freqs.weight")) is not None:
             return RopeConfig(theta, "stretch", {"divisors": [float(d) for d in divisors.data]})
-        kind = self._field("llama.rope.scaling.type") or "none"
+        kind = self._field(f"{arch}.rope.scaling.type") or "none"
         if kind == "none":
             return RopeConfig(theta)
         params = {
-            "factor": self._field("llama.rope.scaling.factor"),
-            "original_max_position_embeddings": self._field("llama.rope.scaling.original_context_length"),
-            "attention_factor": self._field("llama.rope.scaling.attn_factor"),
+            "factor": self._field(f"{arch}.rope.scaling.factor"),
+            "original_max_position_embeddings": self._field(f"{arch}.rope.scaling.original_context_length"),
+            "attention_factor": self._field(f"{arch}.rope.scaling.attn_factor"),
         }
         return RopeConfig(theta, str(kind), {k: v for k, v in params.items() if v is not None})
 
@@ -182,11 +222,3 @@ def _save_atomically(tokenizer: Any, target: Path) -> None:
         tokenizer.save_pretrained(str(part))
         with contextlib.suppress(OSError):  # another process was first, with the same contents
             os.rename(part, target)
-
-
-def _gguf_name(name: str) -> str:
-    if name in _TENSOR_NAMES:
-        return _TENSOR_NAMES[name]
-    parts = name.split(".")  # model.layers.<i>.<module...>.<weight|bias>
-    module = _LAYER_NAMES.get(".".join(parts[3:-1]), "?")
-    return f"blk.{parts[2]}.{module}.{parts[-1]}"

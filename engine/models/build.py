@@ -7,7 +7,7 @@ import kernels
 from engine.checkpoint.loading import Checkpoint
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel, LlamaWeights, Weight
+from engine.models.llama import LlamaModel, LlamaWeights
 from engine.models.rope import rope_tables
 
 
@@ -40,7 +40,10 @@ class _Builder:
         self.config: ModelConfig = checkpoint.config
         self.dtype, self.device, self.keep_packed = dtype, device, keep_packed
         cos, sin = rope_tables(self.config, max_model_len)
-        self.cos, self.sin = cos.to(device), sin.to(device)
+        self.rope = self.local_rope = (cos.to(device), sin.to(device))
+        if self.config.local_rope is not None:
+            cos, sin = rope_tables(self.config, max_model_len, self.config.local_rope)
+            self.local_rope = (cos.to(device), sin.to(device))
 
     def weights(self) -> LlamaWeights:
         config = self.config
@@ -49,7 +52,7 @@ class _Builder:
         return LlamaWeights(
             embedding=embedding,
             layers=tuple((self._attention(i), self._ffn(i)) for i in range(config.num_layers)),
-            final_norm=self._vector("model.norm.weight", config.hidden_size),
+            final_norm=self._norm("model.norm", config.hidden_size),
             head=embedding if tied else self._linear([("lm_head", config.vocab_size)], config.hidden_size),
         )
 
@@ -61,8 +64,11 @@ class _Builder:
             (f"{prefix}.self_attn.v_proj", config.kv_size),
         ]
         out = [(f"{prefix}.self_attn.o_proj", config.hidden_size)]
+        window = config.window(layer)
+        cos, sin = self.rope if window is None else self.local_rope
+        has_qk, has_post = config.has_qk_norm, config.has_post_norms
         return kernels.AttentionWeights(
-            norm=self._vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
+            norm=self._norm(f"{prefix}.input_layernorm", config.hidden_size),
             qkv=self._linear(rows, config.hidden_size),
             qkv_bias=self._bias(rows),
             o=self._linear(out, config.q_size),
@@ -71,40 +77,55 @@ class _Builder:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
-            cos=self.cos,
-            sin=self.sin,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
+            cos=cos,
+            sin=sin,
+            scale=config.attention_scale,
+            window=window,
+            q_norm=self._norm(f"{prefix}.self_attn.q_norm", config.head_dim) if has_qk else None,
+            k_norm=self._norm(f"{prefix}.self_attn.k_norm", config.head_dim) if has_qk else None,
+            post_norm=self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size)
+            if has_post
+            else None,
         )
 
     def _ffn(self, layer: int) -> kernels.FFNWeights:
         config, prefix = self.config, f"model.layers.{layer}"
         gate_up = [(f"{prefix}.mlp.{name}_proj", config.intermediate_size) for name in ("gate", "up")]
         down = [(f"{prefix}.mlp.down_proj", config.hidden_size)]
+        has_post = config.has_post_norms
+        norm = "pre_feedforward_layernorm" if has_post else "post_attention_layernorm"
         return kernels.FFNWeights(
-            norm=self._vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+            norm=self._norm(f"{prefix}.{norm}", config.hidden_size),
             gate_up=self._linear(gate_up, config.hidden_size),
             gate_up_bias=self._bias(gate_up),
             down=self._linear(down, config.intermediate_size),
             down_bias=self._bias(down),
             eps=config.rms_norm_eps,
+            post_norm=self._norm(f"{prefix}.post_feedforward_layernorm", config.hidden_size)
+            if has_post
+            else None,
+            activation=config.activation,
         )
 
-    def _linear(self, modules: list[tuple[str, int]], in_features: int) -> Weight:
+    def _linear(self, modules: list[tuple[str, int]], in_features: int) -> kernels.Weight:
         """One matrix [sum of rows, in_features] from the modules' rows."""
         parts = [self._matrix(f"{name}.weight", rows, in_features) for name, rows in modules]
         packed = [p for p in parts if isinstance(p, kernels.PackedWeight)]
-        if len(packed) == len(parts) and len({p.format for p in packed}) == 1:
-            return packed[0] if len(packed) == 1 else kernels.concat_rows(packed)
+        if len(packed) == len(parts):
+            return kernels.stack(packed)
         dense = [kernels.dequantize(p) if isinstance(p, kernels.PackedWeight) else p for p in parts]
         return torch.cat(dense).to(self.device, self.dtype).contiguous()
 
-    def _matrix(self, name: str, rows: int, columns: int) -> Weight:
+    def _matrix(self, name: str, rows: int, columns: int) -> Tensor | kernels.PackedWeight:
         weight = self.checkpoint.tensor(name, keep_packed=self.keep_packed)
         shape = (weight.n, weight.k) if isinstance(weight, kernels.PackedWeight) else tuple(weight.shape)
         if shape != (rows, columns):
             raise ModelLoadError(f"tensor {name} has shape {shape}, expected {(rows, columns)}")
         return weight
+
+    def _norm(self, name: str, size: int) -> Tensor:
+        weight = self._vector(f"{name}.weight", size)
+        return weight + self.config.norm_offset if self.config.norm_offset else weight
 
     def _vector(self, name: str, size: int) -> Tensor:
         weight = self.checkpoint.tensor(name, keep_packed=False)

@@ -1,4 +1,4 @@
-"""The Llama family: GQA attention and SwiGLU blocks over `kernels`' fused ops."""
+"""Llama and its kin: GQA attention and gated FFN blocks over `kernels`' fused ops."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,6 @@ from torch import Tensor
 import kernels
 from engine.models.config import ModelConfig
 
-Weight = Tensor | kernels.PackedWeight
-"""A linear layer's [N, K] matrix, dense or packed; the model never asks which."""
-
 
 @dataclass(frozen=True, slots=True)
 class LlamaWeights:
@@ -20,10 +17,10 @@ class LlamaWeights:
     `embedding` is [vocab, hidden]; `head` is the same object when the embeddings are tied.
     """
 
-    embedding: Weight
+    embedding: kernels.Weight
     layers: tuple[tuple[kernels.AttentionWeights, kernels.FFNWeights], ...]
     final_norm: Tensor
-    head: Weight
+    head: kernels.Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,8 @@ class LlamaModel:
     def forward(self, token_ids: Tensor, kv_cache: KVCache, metadata: kernels.AttentionMetadata) -> Tensor:
         """Residual stream after the last layer, [T, hidden], for token_ids [T]; fills the KV cache."""
         x = kernels.embed(token_ids, self.weights.embedding)
+        if self.config.embedding_scale != 1.0:
+            x *= self.config.embedding_scale
         for (attention, ffn), (keys, values) in zip(self.weights.layers, kv_cache.layers, strict=True):
             kernels.attention_block(x, attention, keys, values, metadata)
             kernels.ffn_block(x, ffn)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelLoadError
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, RopeConfig
 
 SUPPORTED_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "stretch")
 
@@ -29,18 +29,22 @@ def rope_limit(config: ModelConfig) -> int:
     return config.max_position_embeddings
 
 
-def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    config: ModelConfig, max_model_len: int, rope: RopeConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [max_model_len, head_dim / 2], with the variant's attention factor folded in.
+
+    `rope` stands in for the config's own, for layers that rotate differently.
 
     Raises ModelLoadError for an unknown variant or missing parameters.
     """
-    inv_freq, factor = _frequencies(config, max_model_len)
+    inv_freq, factor = _frequencies(config, rope or config.rope, max_model_len)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), inv_freq.float())
     return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
 
 
-def _frequencies(config: ModelConfig, max_model_len: int) -> tuple[Tensor, float]:
-    rope, dim = config.rope, config.head_dim
+def _frequencies(config: ModelConfig, rope: RopeConfig, max_model_len: int) -> tuple[Tensor, float]:
+    dim = config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     inv_freq = 1.0 / (rope.theta**exponents)
     match rope.kind:

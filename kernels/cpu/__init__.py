@@ -13,20 +13,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels import reference
 from kernels.cpu.build import build
-from kernels.formats import PackedWeight
+from kernels.formats import Kind, PackedWeight, StackedWeight
 from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
 
 _BLOCK_SIZE = 16
 _LANES = 16
 _MAX_HEAD_DIM = 256
+_KINDS: tuple[Kind, ...] = ("affine", "zero", "sym")  # enum Kind of src/gemm.h
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("n", c_int32), ("k", c_int32), ("bits", c_int32))
+    _fields_ = (("data", c_void_p), *((name, c_int32) for name in ("n", "k", "bits", "group_size", "kind")))
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (("parts", _Matrix * 3), ("count", c_int32), ("n", c_int32), ("k", c_int32))
 
 
 class _Shape(ctypes.Structure):
@@ -51,9 +55,12 @@ class _Step(ctypes.Structure):
 
 class _AttentionBlock(ctypes.Structure):
     _fields_ = (
-        ("qkv", _Matrix),
-        ("o", _Matrix),
-        *((name, c_void_p) for name in ("norm", "qkv_bias", "o_bias", "q_norm", "k_norm", "cos", "sin")),
+        ("qkv", _Weight),
+        ("o", _Weight),
+        *(
+            (name, c_void_p)
+            for name in ("norm", "qkv_bias", "o_bias", "q_norm", "k_norm", "post_norm", "cos", "sin")
+        ),
         ("shape", _Shape),
         ("eps", c_float),
     )
@@ -61,10 +68,11 @@ class _AttentionBlock(ctypes.Structure):
 
 class _FfnBlock(ctypes.Structure):
     _fields_ = (
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
-        *((name, c_void_p) for name in ("norm", "gate_up_bias", "down_bias")),
+        ("gate_up", _Weight),
+        ("down", _Weight),
+        *((name, c_void_p) for name in ("norm", "gate_up_bias", "down_bias", "post_norm")),
         ("eps", c_float),
+        ("is_gelu", c_int32),
     )
 
 
@@ -73,11 +81,11 @@ def _load() -> Any:
     pointer = c_void_p
     library.pg_set_threads.argtypes = [c_int32]
     library.pg_isa.restype = c_char_p
-    library.pg_linear.argtypes = [POINTER(_Matrix), pointer, c_int64, pointer, pointer]
+    library.pg_linear.argtypes = [POINTER(_Weight), pointer, c_int64, pointer, pointer]
     library.pg_paged_attention.argtypes = [POINTER(_Shape), POINTER(_Step), pointer, c_int64, *[pointer] * 3]
     library.pg_attention_block.argtypes = [POINTER(_AttentionBlock), POINTER(_Step), *[pointer] * 3]
     library.pg_ffn_block.argtypes = [POINTER(_FfnBlock), pointer, c_int64]
-    library.pg_logits.argtypes = [POINTER(_Matrix), pointer, c_float, pointer, c_int64, pointer]
+    library.pg_logits.argtypes = [POINTER(_Weight), pointer, c_float, pointer, c_int64, pointer]
     library.pg_embed.argtypes = [POINTER(_Matrix), pointer, c_int64, pointer]
     for name in (
         "pg_embed",
@@ -112,21 +120,21 @@ def isa() -> str:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear`; packed weights see x rounded to 16 bits per token and group of 32."""
-    if not isinstance(weight, PackedWeight):
+    if isinstance(weight, Tensor):
         return reference.linear(x, weight, bias)
     x = _float_rows(x)
     out = torch.empty(x.shape[0], weight.n)
-    _lib.pg_linear(byref(_matrix(weight)), x.data_ptr(), x.shape[0], _address(bias), out.data_ptr())
+    _lib.pg_linear(byref(_weight(weight)), x.data_ptr(), x.shape[0], _address(bias), out.data_ptr())
     return out
 
 
 def logits(x: Tensor, norm: Tensor, eps: float, head: Weight) -> Tensor:
     """See `reference.logits`."""
-    if not isinstance(head, PackedWeight):
+    if isinstance(head, Tensor):
         return reference.logits(x, norm, eps, head)
     x = _float_rows(x)
     out = torch.empty(x.shape[0], head.n)
-    _lib.pg_logits(byref(_matrix(head)), norm.data_ptr(), eps, x.data_ptr(), x.shape[0], out.data_ptr())
+    _lib.pg_logits(byref(_weight(head)), norm.data_ptr(), eps, x.data_ptr(), x.shape[0], out.data_ptr())
     return out
 
 
@@ -162,13 +170,10 @@ def ffn_block(x: Tensor, weights: FFNWeights) -> None:
     """See `reference.ffn_block`."""
     struct = _structs.get(weights)
     if struct is None:
-        is_packed = isinstance(weights.gate_up, PackedWeight) and isinstance(weights.down, PackedWeight)
+        is_packed = not (isinstance(weights.gate_up, Tensor) or isinstance(weights.down, Tensor))
         struct = _structs[weights] = _ffn_struct(weights) if is_packed else False
     if not isinstance(struct, _FfnBlock) or not (x.dtype == torch.float32 and x.is_contiguous()):
-        gate, up = linear(
-            reference.rms_norm(x, weights.norm, weights.eps), weights.gate_up, weights.gate_up_bias
-        ).chunk(2, dim=-1)
-        x += linear(functional.silu(gate).mul_(up), weights.down, weights.down_bias)
+        reference.ffn_block(x, weights, linear)
         return
     _lib.pg_ffn_block(byref(struct), x.data_ptr(), x.shape[0])
 
@@ -205,7 +210,7 @@ def _dense_attention_block(
     keys = reference.apply_rope(keys, cos, sin)
     reference.append_kv(keys, values, k_cache, v_cache, metadata.slot_mapping)
     out = _attend(reference.apply_rope(query, cos, sin).contiguous(), shape, k_cache, v_cache, metadata)
-    x += linear(out.flatten(1), w.o, w.o_bias)
+    reference.add_projection(x, linear(out.flatten(1), w.o, w.o_bias), w.post_norm, w.eps)
 
 
 def _attend(
@@ -236,17 +241,17 @@ def _can_run(x: Tensor, k_cache: Tensor, w: AttentionWeights) -> bool:
 
 def _attention_struct(w: AttentionWeights) -> _AttentionBlock | _Shape:
     shape = _Shape(w.num_heads, w.num_kv_heads, w.head_dim, w.window or 0, w.scale)
-    if not (isinstance(w.qkv, PackedWeight) and isinstance(w.o, PackedWeight)):
+    if isinstance(w.qkv, Tensor) or isinstance(w.o, Tensor):
         return shape
-    pointers = (_address(t) for t in (w.norm, w.qkv_bias, w.o_bias, w.q_norm, w.k_norm, w.cos, w.sin))
-    return _AttentionBlock(_matrix(w.qkv), _matrix(w.o), *pointers, shape, w.eps)
+    tensors = (w.norm, w.qkv_bias, w.o_bias, w.q_norm, w.k_norm, w.post_norm, w.cos, w.sin)
+    return _AttentionBlock(_weight(w.qkv), _weight(w.o), *map(_address, tensors), shape, w.eps)
 
 
 def _ffn_struct(w: FFNWeights) -> _FfnBlock:
-    assert isinstance(w.gate_up, PackedWeight)
-    assert isinstance(w.down, PackedWeight)
-    pointers = (_address(t) for t in (w.norm, w.gate_up_bias, w.down_bias))
-    return _FfnBlock(_matrix(w.gate_up), _matrix(w.down), *pointers, w.eps)
+    assert not isinstance(w.gate_up, Tensor)
+    assert not isinstance(w.down, Tensor)
+    pointers = map(_address, (w.norm, w.gate_up_bias, w.down_bias, w.post_norm))
+    return _FfnBlock(_weight(w.gate_up), _weight(w.down), *pointers, w.eps, int(w.activation == "gelu_tanh"))
 
 
 def _step(metadata: AttentionMetadata) -> _Step:
@@ -273,7 +278,15 @@ def _step(metadata: AttentionMetadata) -> _Step:
 
 
 def _matrix(weight: PackedWeight) -> _Matrix:
-    return _Matrix(_address(weight.data, torch.uint8), weight.n, weight.k, weight.bits)
+    f = weight.format
+    group_size = f.group_size or weight.k
+    address = _address(weight.data, torch.uint8)
+    return _Matrix(address, weight.n, weight.k, f.bits, group_size, _KINDS.index(f.kind))
+
+
+def _weight(weight: PackedWeight | StackedWeight) -> _Weight:
+    parts = (weight,) if isinstance(weight, PackedWeight) else weight.parts
+    return _Weight((_Matrix * 3)(*map(_matrix, parts)), len(parts), weight.n, weight.k)
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:

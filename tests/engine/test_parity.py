@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 import kernels
 from engine.checkpoint import open_checkpoint
@@ -84,6 +84,46 @@ def test_logits_match_transformers(tmp_path, name):
         expected = reference(token_ids.unsqueeze(0)).logits[0]
         got = our_logits(tmp_path, token_ids)
     assert float(expected.std()) > 0.3  # a model that says nothing would match anything
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
+GEMMA3 = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "sliding_window": 32,
+    "query_pre_attn_scalar": 24,
+    "initializer_range": 0.15,
+}
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_gemma3_logits_match_transformers(tmp_path, is_legacy):
+    """Local and global layers, two rotary bases, norms around each block, offset norms, gelu."""
+    torch.manual_seed(0)
+    reference = Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3)).float().eval()
+    for name, parameter in reference.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    reference.save_pretrained(tmp_path)
+    if is_legacy:
+        config = json.loads((tmp_path / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = 6
+        del config["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    token_ids = torch.randint(0, 199, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = reference(token_ids.unsqueeze(0)).logits[0]
+        got = our_logits(tmp_path, token_ids)
+    assert float(expected.std()) > 0.3
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
 
 

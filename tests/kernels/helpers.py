@@ -3,15 +3,40 @@
 import torch
 
 import kernels
-from kernels.formats import GROUP_SIZE
+from kernels.formats import Format
+
+FORMATS = [
+    "w4g32-f16",
+    "w8g32-f16",
+    "w5g64-f16",
+    "w2g64",
+    "w3g64",
+    "w3g128-sym",
+    "w4g128",
+    "w6row",
+    "w8row-sym",
+]
 
 
-def random_packed(n: int, k: int, bits: int, seed: int = 0) -> kernels.PackedWeight:
+def random_integer(n: int, k: int, name: str, seed: int = 0) -> kernels.IntegerWeight:
+    """Random codes and parameters; the last group is short where the group size does not divide K."""
+    f = Format.parse(name)
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
-    scale = (torch.rand(n, k // GROUP_SIZE, generator=g) + 0.5) * 2 / (1 << bits) / k**0.5
-    offset = -scale * (1 << (bits - 1)) * (1 + 0.1 * torch.randn(scale.shape, generator=g))
-    return kernels.pack(codes, scale.half(), offset.half(), bits)
+    codes = torch.randint(0, 1 << f.bits, (n, k), generator=g, dtype=torch.uint8)
+    groups = (n, f.num_groups(k))
+    size = 2 / (1 << f.bits) / k**0.5
+    if f.kind == "affine":
+        scale = (torch.rand(groups, generator=g) + 0.5) * size
+        offset = -scale * (1 << (f.bits - 1)) * (1 + 0.1 * torch.randn(groups, generator=g))
+        return kernels.IntegerWeight(f, codes, scale.half(), offset.half())
+    scale = torch.randint(100, 256, groups, generator=g, dtype=torch.uint8)
+    zero = torch.randint(90, 160, groups, generator=g, dtype=torch.uint8) if f.kind == "zero" else None
+    row_scale = (torch.rand(n, generator=g) + 0.5) * size
+    return kernels.IntegerWeight(f, codes, scale, zero, row_scale.half())
+
+
+def random_packed(n: int, k: int, name: str, seed: int = 0) -> kernels.PackedWeight:
+    return kernels.pack(random_integer(n, k, name, seed))
 
 
 def rope(max_len: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 import kernels
 from kernels import reference
-from tests.kernels.helpers import random_packed, relative_error, rope, step
+from tests.kernels.helpers import FORMATS, random_packed, relative_error, rope, step
 
 cpu = pytest.importorskip("kernels.cpu", reason="no C++ compiler", exc_type=OSError)
 
@@ -38,20 +38,29 @@ def caches(num_blocks: int, kv_heads: int, dim: int, chunks) -> tuple[torch.Tens
     return k, v
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 16, 32), (3, 40, 96), (8, 7, 64), (13, 100, 160), (70, 33, 576)]
 )
-def test_linear(bits, m, n, k):
-    weight = random_packed(n, k, bits)
+def test_linear(name, m, n, k):
+    weight = random_packed(n, k, name)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(2))
     bias = torch.randn(n)
     expected = x.double() @ kernels.dequantize(weight).double().T + bias
     assert relative_error(cpu.linear(x, weight, bias), expected) < 1e-4
 
 
+@pytest.mark.parametrize("m", [1, 6])
+def test_linear_of_stacked_formats(m):
+    sizes, names = (40, 7, 100), ("w3g64", "w8row-sym", "w4g32-f16")
+    weight = kernels.stack([random_packed(n, 96, f) for n, f in zip(sizes, names, strict=True)])
+    x, bias = torch.randn(m, 96), torch.randn(147)
+    expected = x.double() @ kernels.dequantize(weight).double().T + bias
+    assert relative_error(cpu.linear(x, weight, bias), expected) < 1e-4
+
+
 def test_linear_of_zeros_and_extremes():
-    weight = random_packed(16, 64, 4)
+    weight = random_packed(16, 64, "w4g32-f16")
     assert torch.equal(cpu.linear(torch.zeros(2, 64), weight), torch.zeros(2, 16))
     x = torch.full((1, 64), 1e30)
     assert relative_error(cpu.linear(x, weight), x.double() @ kernels.dequantize(weight).double().T) < 1e-4
@@ -71,10 +80,10 @@ def test_paged_attention(chunks, heads, kv_heads, dim, window):
     assert relative_error(got, expected) < 1e-5
 
 
-def attention_weights(hidden: int, heads: int, kv_heads: int, dim: int, bits: int | None, **kw):
+def attention_weights(hidden: int, heads: int, kv_heads: int, dim: int, name: str | None, **kw):
     def matrix(n: int, k: int, seed: int):
-        packed = random_packed(n, k, bits or 8, seed)
-        return packed if bits else kernels.dequantize(packed)
+        packed = random_packed(n, k, name or "w8g32", seed)
+        return packed if name else kernels.dequantize(packed)
 
     cos, sin = rope(1024, dim)
     return kernels.AttentionWeights(
@@ -93,9 +102,9 @@ def attention_weights(hidden: int, heads: int, kv_heads: int, dim: int, bits: in
 
 
 @pytest.mark.parametrize("chunks", MIXED_STEPS)
-@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("name", ["w4g32-f16", "w3g64", None])
 @pytest.mark.parametrize("has_extras", [False, True])
-def test_attention_block(chunks, bits, has_extras):
+def test_attention_block(chunks, name, has_extras):
     hidden, heads, kv_heads, dim, num_blocks = 96, 6, 2, 32, 120
     extras = {}
     if has_extras:
@@ -105,9 +114,10 @@ def test_attention_block(chunks, bits, has_extras):
             "o_bias": torch.randn(hidden),
             "q_norm": torch.rand(dim) + 0.5,
             "k_norm": torch.rand(dim) + 0.5,
+            "post_norm": torch.rand(hidden) + 0.5,
             "window": 30,
         }
-    w = attention_weights(hidden, heads, kv_heads, dim, bits, **extras)
+    w = attention_weights(hidden, heads, kv_heads, dim, name, **extras)
     k, v = caches(num_blocks, kv_heads, dim, chunks)
     meta = step(chunks, num_blocks)
     x = torch.randn(len(meta.positions), hidden, generator=torch.Generator().manual_seed(4))
@@ -115,42 +125,45 @@ def test_attention_block(chunks, bits, has_extras):
     cpu.attention_block(got, w, got_k, got_v, meta)
     expected, ref_k, ref_v = x.clone(), torch.nan_to_num(k), torch.nan_to_num(v)
     reference.attention_block(expected, w, ref_k, ref_v, meta)
-    tolerance = 2e-4 if bits else 1e-5  # packed weights see activations rounded to 16 bits
+    tolerance = 2e-4 if name else 1e-5  # packed weights see activations rounded to 16 bits
     assert relative_error(got - x, expected - x) < tolerance
     written = ~torch.isnan(got_k)
     assert relative_error(got_k[written], ref_k[written]) < tolerance
     assert torch.equal(torch.isnan(got_k).sum(), torch.isnan(got_v).sum())
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("name", ["w4g32-f16", "w3g64", "w2g128", None])
 @pytest.mark.parametrize("m", [1, 4, 9, 33])
-def test_ffn_block(bits, m):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_ffn_block(name, m, activation):
     hidden, ffn = 64, 160
-    gate_up, down = random_packed(2 * ffn, hidden, bits or 8, 1), random_packed(hidden, ffn, bits or 8, 2)
+    gate_up, down = (random_packed(n, k, name or "w8g32", n) for n, k in ((2 * ffn, hidden), (hidden, ffn)))
     w = kernels.FFNWeights(
         norm=torch.rand(hidden) + 0.5,
-        gate_up=gate_up if bits else kernels.dequantize(gate_up),
-        down=down if bits else kernels.dequantize(down),
+        gate_up=gate_up if name else kernels.dequantize(gate_up),
+        down=down if name else kernels.dequantize(down),
         eps=1e-5,
         gate_up_bias=torch.randn(2 * ffn),
         down_bias=torch.randn(hidden),
+        post_norm=torch.rand(hidden) if m == 9 else None,
+        activation=activation,
     )
     x = torch.randn(m, hidden, generator=torch.Generator().manual_seed(5)) * 3
     got, expected = x.clone(), x.clone()
     cpu.ffn_block(got, w)
     reference.ffn_block(expected, w)
-    assert relative_error(got - x, expected - x) < (2e-4 if bits else 1e-5)
+    assert relative_error(got - x, expected - x) < (2e-4 if name else 1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_embed(bits):
-    table = random_packed(50, 96, bits)
+@pytest.mark.parametrize("name", FORMATS)
+def test_embed(name):
+    table = random_packed(50, 96, name)
     ids = torch.tensor([49, 0, 17, 17, 31])
     torch.testing.assert_close(cpu.embed(ids, table), kernels.dequantize(table)[ids], rtol=1e-6, atol=1e-6)
 
 
 def test_logits():
-    head, norm = random_packed(1000, 64, 8), torch.rand(64)
+    head, norm = random_packed(1000, 64, "w8g64"), torch.rand(64)
     x = torch.randn(5, 64)
     got = cpu.logits(x, norm, 1e-5, head)
     normed = reference.rms_norm(x, norm, 1e-5)
@@ -161,9 +174,9 @@ def test_logits():
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_a_tokens_result_is_the_same_bits_in_any_batch_and_on_any_threads(num_threads):
     hidden, heads, kv_heads, dim, num_blocks = 96, 6, 2, 32, 120
-    w = attention_weights(hidden, heads, kv_heads, dim, 4)
+    w = attention_weights(hidden, heads, kv_heads, dim, "w4g32-f16")
     ffn = kernels.FFNWeights(
-        torch.ones(hidden), random_packed(320, hidden, 4), random_packed(hidden, 160, 4), 1e-5
+        torch.ones(hidden), random_packed(320, hidden, "w3g64"), random_packed(hidden, 160, "w4g32-sym"), 1e-5
     )
     length = 300
     x = torch.randn(length, hidden, generator=torch.Generator().manual_seed(6))
@@ -199,7 +212,7 @@ def test_a_tokens_result_is_the_same_bits_in_any_batch_and_on_any_threads(num_th
 
 
 def test_wrong_tensors_are_refused():
-    weight = random_packed(16, 32, 4)
+    weight = random_packed(16, 32, "w4g32")
     with pytest.raises(ValueError, match=r"contiguous torch\.float32"):
         cpu.linear(torch.randn(1, 32), weight, torch.zeros(16, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 1"):
@@ -214,7 +227,7 @@ def test_other_instruction_sets_pass_the_same_tests(isa):
     if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "linear or ffn or logits or (attention_block and 4)"]
+    command += ["-k", "linear or ffn or logits or embed or (attention_block and w3)"]
     environment = {**os.environ, "KERNELS_CPU_ISA": isa}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -68,8 +68,7 @@ void norm_quantize(const float* x, const float* norm, float eps, int64_t m, int 
 
 // The first `rows` of 16 lanes go to out (+ bias, added to what is there if kAdd).
 template <bool kAdd>
-inline void put(float* out, vf value, const float* bias, int64_t row, int64_t n) {
-  const int rows = static_cast<int>(std::min<int64_t>(kTileRows, n - row));
+inline void put(float* out, vf value, const float* bias, int64_t row, int rows) {
   if (rows == kTileRows) {
     if (bias) value += load<vf>(bias + row);
     if (kAdd) value += load<vf>(out + row);
@@ -80,6 +79,25 @@ inline void put(float* out, vf value, const float* bias, int64_t row, int64_t n)
     const float v = value[i] + (bias ? bias[row + i] : 0.0f);
     out[row + i] = kAdd ? out[row + i] + v : v;
   }
+}
+
+// x [m, n] += w times the quantized rows, through RMSNorm `post_norm` where there is one.
+void project_and_add(const Weight& w, const float* bias, const float* post_norm, float eps, const QuantizedRows& rows,
+                     int64_t m, std::vector<float>& buffer, float* x) {
+  const int64_t n = w.n;
+  if (!post_norm) {
+    gemm(pool(), w, rows, m,
+         [&](int64_t token, int64_t row, vf v, int valid) { put<true>(x + token * n, v, bias, row, valid); });
+    return;
+  }
+  float* out = Workspace::grow(buffer, m * n);
+  gemm(pool(), w, rows, m,
+       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(out + token * n, v, bias, row, valid); });
+  for_rows(m, [&](int64_t row) {
+    const float* y = out + row * n;
+    const float r = inverse_rms(y, n, eps);
+    for (int i = 0; i < n; ++i) x[row * n + i] += y[i] * r * post_norm[i];
+  });
 }
 
 void normalize_head(float* x, const float* norm, int dim, float eps) {
@@ -101,16 +119,17 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
 extern "C" {
 
 struct AttentionBlock {
-  Matrix qkv, o;
-  const float *norm, *qkv_bias, *o_bias, *q_norm, *k_norm, *cos, *sin;
+  Weight qkv, o;
+  const float *norm, *qkv_bias, *o_bias, *q_norm, *k_norm, *post_norm, *cos, *sin;
   AttentionShape shape;
   float eps;
 };
 
 struct FfnBlock {
-  Matrix gate_up, down;
-  const float *norm, *gate_up_bias, *down_bias;
+  Weight gate_up, down;
+  const float *norm, *gate_up_bias, *down_bias, *post_norm;
   float eps;
+  int32_t is_gelu;  // tanh form; else silu
 };
 
 void pg_set_threads(int num_threads) {
@@ -128,13 +147,13 @@ const char* pg_isa() {
 #endif
 }
 
-void pg_linear(const Matrix* w, const float* x, int64_t m, const float* bias, float* out) {
+void pg_linear(const Weight* w, const float* x, int64_t m, const float* bias, float* out) {
   std::lock_guard guard(library_lock);
   QuantizedRows& quantized = workspace().quantized;
   quantized.resize(m, w->k);
   for_rows(m, [&](int64_t row) { quantized.quantize_row(row, x + row * w->k); });
   gemm(pool(), *w, quantized, m,
-       [&](int64_t token, int64_t row, vf v) { put<false>(out + token * w->n, v, bias, row, w->n); });
+       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(out + token * w->n, v, bias, row, valid); });
 }
 
 void pg_paged_attention(const AttentionShape* shape, const Step* step, const float* q, int64_t q_stride,
@@ -152,7 +171,7 @@ void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, flo
   norm_quantize(x, w->norm, w->eps, m, hidden, ws.quantized);
   float* qkv = Workspace::grow(ws.wide, m * width);
   gemm(pool(), w->qkv, ws.quantized, m,
-       [&](int64_t token, int64_t row, vf v) { put<false>(qkv + token * width, v, w->qkv_bias, row, width); });
+       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(qkv + token * width, v, w->qkv_bias, row, valid); });
 
   for_rows(m, [&](int64_t token) {
     float* row = qkv + token * width;
@@ -179,8 +198,7 @@ void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, flo
   paged_attention(pool(), s, *step, qkv, width, k_cache, v_cache, out);
   ws.quantized.resize(m, out_width);
   for_rows(m, [&](int64_t row) { ws.quantized.quantize_row(row, out + row * out_width); });
-  gemm(pool(), w->o, ws.quantized, m,
-       [&](int64_t token, int64_t row, vf v) { put<true>(x + token * hidden, v, w->o_bias, row, hidden); });
+  project_and_add(w->o, w->o_bias, w->post_norm, w->eps, ws.quantized, m, ws.wide, x);
 }
 
 void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
@@ -189,50 +207,54 @@ void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
   Workspace& ws = workspace();
   norm_quantize(x, w->norm, w->eps, m, hidden, ws.quantized);
   float* gate_up = Workspace::grow(ws.wide, m * width);
-  gemm(pool(), w->gate_up, ws.quantized, m, [&](int64_t token, int64_t row, vf v) {
-    put<false>(gate_up + token * width, v, w->gate_up_bias, row, width);
-  });
+  gemm(pool(), w->gate_up, ws.quantized, m, [&](int64_t token, int64_t row, vf v, int valid) { put<false>(gate_up + token * width, v, w->gate_up_bias, row, valid); });
   ws.quantized.resize(m, ffn);
   for_rows(m, [&](int64_t row) {
     float* gate = gate_up + row * width;
     const float* up = gate + ffn;
     for (int i = 0; i < ffn; i += kLanes) {
       const vf g = load<vf>(gate + i);
-      // silu(g) = g / (1 + e^-g), with the exponential always of a negative number.
-      const vf e = exp_negative(g < 0 ? g : -g);
-      const vf sigmoid = (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
+      // Both are g * sigmoid(z): silu with z = g, gelu's tanh form with z = sqrt(8 / pi) (g + 0.044715 g^3).
+      const vf z = w->is_gelu ? g * 1.5957691f * (g * g * 0.044715f + 1.0f) : g;
+      const vf e = exp_negative(z < 0 ? z : -z);  // always of a negative number
+      const vf sigmoid = (z < 0 ? e : splat(1.0f)) / (e + 1.0f);
       store(gate + i, g * sigmoid * load<vf>(up + i));
     }
     ws.quantized.quantize_row(row, gate);
   });
-  gemm(pool(), w->down, ws.quantized, m,
-       [&](int64_t token, int64_t row, vf v) { put<true>(x + token * hidden, v, w->down_bias, row, hidden); });
+  project_and_add(w->down, w->down_bias, w->post_norm, w->eps, ws.quantized, m, ws.narrow, x);
 }
 
-void pg_logits(const Matrix* head, const float* norm, float eps, const float* x, int64_t m, float* out) {
+void pg_logits(const Weight* head, const float* norm, float eps, const float* x, int64_t m, float* out) {
   std::lock_guard guard(library_lock);
   QuantizedRows& quantized = workspace().quantized;
   norm_quantize(x, norm, eps, m, head->k, quantized);
   gemm(pool(), *head, quantized, m,
-       [&](int64_t token, int64_t row, vf v) { put<false>(out + token * head->n, v, nullptr, row, head->n); });
+       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(out + token * head->n, v, nullptr, row, valid); });
 }
 
 // Dequantized rows: out [m, k] for row numbers ids [m].
 void pg_embed(const Matrix* table, const int64_t* ids, int64_t m, float* out) {
-  const int code_bytes = kTileRows * kGroup * table->bits / 8, tile_bytes = code_bytes + 4 * kTileRows;
-  const int groups = table->k / kGroup;
+  const int tile_bytes = kTileRows * kGroup * table->bits / 8;
   for (int64_t i = 0; i < m; ++i) {
     const int lane = static_cast<int>(ids[i] % kTileRows);
-    const uint8_t* tile = table->data + ids[i] / kTileRows * groups * static_cast<int64_t>(tile_bytes);
+    const uint8_t* block = table->data + ids[i] / kTileRows * table->block_bytes();
+    const GroupParams params(*table, block);
     float* row = out + i * table->k;
-    for (int g = 0; g < groups; ++g, tile += tile_bytes, row += kGroup) {
-      const float scale = load_half(tile + code_bytes)[lane];
-      const float offset = load_half(tile + code_bytes + 2 * kTileRows)[lane];
-      for (int c = 0; c < kGroup; ++c) {
-        const int quad = c / 4, byte = 4 * lane + c % 4;
-        const int code = table->bits == 4 ? tile[64 * (quad / 2) + byte] >> (quad % 2 * 4) & 15 : tile[64 * quad + byte];
-        row[c] = scale * static_cast<float>(code) + offset;
+    vf scale, offset;
+    for (int column = 0; column < table->k; column += kGroup, block += tile_bytes) {
+      if (column % table->group_size == 0) params.load_group(column / table->group_size, scale, offset);
+      vb quads[8];
+      switch (table->bits) {
+        case 2: load_codes<2>(block, quads); break;
+        case 3: load_codes<3>(block, quads); break;
+        case 4: load_codes<4>(block, quads); break;
+        case 5: load_codes<5>(block, quads); break;
+        case 6: load_codes<6>(block, quads); break;
+        default: load_codes<8>(block, quads); break;
       }
+      for (int c = 0; c < kGroup; ++c)
+        row[column + c] = scale[lane] * static_cast<float>(quads[c / 4][4 * lane + c % 4]) + offset[lane];
     }
   }
 }

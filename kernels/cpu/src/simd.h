@@ -62,6 +62,12 @@ static inline vf load_half(const void* p) {
 #endif
 }
 
+// Sixteen bytes as floats.
+static inline vf load_bytes(const void* p) {
+  typedef uint8_t v16 __attribute__((vector_size(16)));
+  return to_float(__builtin_convertvector(load<v16>(p), vi));
+}
+
 // acc[lane] += sum over j in 0..3 of w[4 lane + j] * x[4 lane + j], w unsigned, x signed.
 // kMaxCode is the largest w: AVX2's 16-bit intermediate sums saturate beyond 128.
 template <int kMaxCode>
