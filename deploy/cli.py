@@ -148,6 +148,42 @@ def fetch(
         raise fail(str(error)) from None
 
 
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Default model's name, a path, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; a killed run continues in it.")],
+    bits: Annotated[float | None, typer.Option(help="Budget: bits a weight, all told.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Budget: size of the files, 10^9 bytes.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Budget: KL divergence, nats a token.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file; Python's own texts by default.")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Widths a tensor may get, e.g. 2,3,4,8.")] = None,
+    trials: Annotated[int, typer.Option(help="Allocations to try on the true KL.")] = 1,
+    windows: Annotated[int, typer.Option(help="Calibration texts.")] = 24,
+    window: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = 512,
+) -> None:
+    """Quantize a checkpoint, each tensor to the bits it needs, under one budget."""
+    from deploy import quantize as command
+    from deploy.models import ModelNotFoundError, resolve_model
+    from engine.errors import EngineError
+    from engine.quantization.candidates import DEFAULT_BITS
+    from engine.quantization.pipeline import Options
+    from engine.quantization.search import Budget
+
+    try:
+        chosen = tuple(int(w) for w in widths.split(",")) if widths else DEFAULT_BITS
+    except ValueError:
+        raise fail(f"--widths: {widths!r} is not a list of numbers such as 2,3,4,8") from None
+    try:
+        budget = Budget(bits, None if memory_gb is None else int(memory_gb * 1e9), max_kl)
+        options = Options(budget, chosen, windows, window=window, num_trials=trials)
+        result = command.run(resolve_model(model), out, options, calibration)
+    except (EngineError, ModelNotFoundError) as error:
+        raise fail(str(error)) from None
+    command.print_result(result, out, console)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 app.add_typer(bench, name="bench")
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json, safetensors (one file or shards), tokenizer."""
+"""Hugging Face directories: config.json, safetensors (one file or shards), tokenizer; packed weights too."""
 
 import json
 from functools import cached_property
@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import kernels
+from engine.checkpoint.packed_tensors import PackedTensors, packed_name
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig, from_hf_config
 
@@ -21,12 +23,17 @@ class HfCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config: ModelConfig = from_hf_config(_read_json(directory / "config.json"))
+        raw = _read_json(directory / "config.json")
+        self.config: ModelConfig = from_hf_config(raw)
+        self._packed = PackedTensors.from_config(raw)
         self._open: dict[str, Any] = {}
         self._file_of = self._locate_tensors()
 
     @cached_property
     def weight_format(self) -> str:
+        if self._packed.formats:
+            bits = sorted({f"w{f.bits}" for f in self._packed.formats.values()})
+            return "+".join(bits)
         dtype = self._slice("model.embed_tokens.weight").get_dtype()
         return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype)
 
@@ -40,16 +47,29 @@ class HfCheckpoint:
         return frozenset()
 
     def has(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._file_of or (name in self._packed.formats and packed_name(name) in self._file_of)
 
-    def tensor(self, name: str, *, keep_packed: bool) -> Tensor:
-        try:
-            data = self._file(name).get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
+    def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
+        if name in self._packed.formats:
+            try:
+                weight = self._packed.read(name, self._raw(packed_name(name)), self.config)
+            except ValueError as error:
+                raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
+            return weight if keep_packed else kernels.dequantize(weight)
+        data = self._raw(name)
         if not data.is_floating_point():
             raise ModelLoadError(f"{self.directory}: tensor {name} has dtype {data.dtype}, expected floats")
-        return data.to(torch.float32)
+        data = data.to(torch.float32)
+        if not torch.isfinite(data).all():
+            raise ModelLoadError(f"{self.directory}: tensor {name} holds NaN or infinite values")
+        return data
+
+    def _raw(self, name: str) -> Tensor:
+        try:
+            data: Tensor = self._file(name).get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
+        return data
 
     def load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer

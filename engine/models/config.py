@@ -148,6 +148,48 @@ def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ModelLoadError(f"config: {error}") from None
 
 
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json that `from_hf_config` reads back to the same shape, norms stored the family's way."""
+    is_gemma = config.architecture == "Gemma3ForCausalLM"
+    raw: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "model_type": {"Gemma3ForCausalLM": "gemma3_text", "MistralForCausalLM": "mistral"}.get(
+            config.architecture, "llama"
+        ),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "rope_parameters": _rope_to_hf(config.rope),
+        ("hidden_activation" if is_gemma else "hidden_act"): next(
+            name for name, own in _ACTIVATIONS.items() if own == config.activation
+        ),
+    }
+    if config.windows:
+        raw["sliding_window"] = next((w for w in config.windows if w is not None), None)
+    if is_gemma:
+        raw["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+        raw["query_pre_attn_scalar"] = config.query_scalar or config.head_dim
+        assert config.local_rope is not None
+        raw["rope_parameters"] = {
+            "full_attention": _rope_to_hf(config.rope),
+            "sliding_attention": _rope_to_hf(config.local_rope),
+        }
+    return raw
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.params}
+
+
 def _windows_from_hf(raw: Mapping[str, Any], architecture: str) -> tuple[int | None, ...]:
     window, num_layers = raw.get("sliding_window"), raw["num_hidden_layers"]
     if window is None or architecture == "LlamaForCausalLM":

@@ -1,0 +1,104 @@
+"""Packed weights in a Hugging Face directory: how config.json names them, how they are checked.
+
+config.json carries
+
+    "quantization_config": {
+        "quant_method": "peregrine", "version": 1, "formats": {"<weight name>": "w4g64", ...}
+    }
+
+and the safetensors hold each such weight's bytes as `<weight name less .weight>.packed`, uint8
+[row blocks, block bytes], exactly as `kernels.formats` lays them out. Everything else is stored as floats.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.errors import ModelLoadError
+from engine.models.config import ModelConfig
+from kernels.formats import TILE_ROWS, Format
+
+METHOD = "peregrine"
+VERSION = 1
+
+
+def packed_name(weight: str) -> str:
+    return weight.removesuffix(".weight") + ".packed"
+
+
+def quantization_config(formats: Mapping[str, str]) -> dict[str, Any]:
+    return {"quant_method": METHOD, "version": VERSION, "formats": dict(sorted(formats.items()))}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensors:
+    """Format by weight name; empty for a checkpoint of plain floats."""
+
+    formats: Mapping[str, Format] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, Any]) -> "PackedTensors":
+        """Raises ModelLoadError for other quantization methods and malformed entries."""
+        section = raw.get("quantization_config")
+        if section is None:
+            return cls()
+        if not isinstance(section, Mapping) or section.get("quant_method") != METHOD:
+            method = section.get("quant_method") if isinstance(section, Mapping) else section
+            raise ModelLoadError(f"config: quant_method {method!r} is not supported (supported: {METHOD})")
+        if section.get("version") != VERSION:
+            raise ModelLoadError(
+                f"config: quantization_config.version {section.get('version')!r} is not supported "
+                f"(supported: {VERSION})"
+            )
+        formats = section.get("formats")
+        if not isinstance(formats, Mapping) or not formats:
+            raise ModelLoadError("config: quantization_config.formats is missing")
+        parsed = {}
+        for name, value in formats.items():
+            try:
+                parsed[name] = Format.parse(str(value))
+            except ValueError as error:
+                raise ModelLoadError(f"config: quantization_config.formats[{name!r}]: {error}") from None
+        return cls(parsed)
+
+    def read(self, name: str, data: Tensor, config: ModelConfig) -> kernels.PackedWeight:
+        """Check and wrap a weight's bytes. Raises ValueError when they cannot be this weight."""
+        n, k = _shape(name, config)
+        weight = kernels.PackedWeight(self.formats[name], n, k, data)
+        _check_parameters(weight)
+        return weight
+
+
+def _shape(name: str, config: ModelConfig) -> tuple[int, int]:
+    """[N, K] that the model's shape demands; packed bytes alone do not tell."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    shapes = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (config.q_size, hidden),
+        "k_proj": (config.kv_size, hidden),
+        "v_proj": (config.kv_size, hidden),
+        "o_proj": (hidden, config.q_size),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if module not in shapes:
+        raise ValueError(f"{name} is not a matrix of this architecture")
+    return shapes[module]
+
+
+def _check_parameters(weight: kernels.PackedWeight) -> None:
+    """Codes are always valid; float16 parameters may not be."""
+    f, k = weight.format, weight.k
+    start = k * TILE_ROWS * f.bits // 8
+    if f.kind != "affine":
+        start = f.block_bytes(k) - 2 * TILE_ROWS
+    values = weight.data[:, start:].contiguous().view(torch.float16)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{f}: scales hold NaN or infinite values")

@@ -1,0 +1,1 @@
+"""Quality of a model against its reference: held-out text, divergence, probes."""

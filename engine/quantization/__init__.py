@@ -1,0 +1,1 @@
+"""Selective quantization: sensitivity, allocation of bits, quantizers, and the checkpoint they make."""

@@ -1,0 +1,188 @@
+"""The whole way from a checkpoint to a quantized one, resumable at every layer.
+
+Sensitivity (one forward, one backward pass), allocation under the budget, one quantizing pass a trial, a
+short search over trials on the true KL divergence, and the files.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.loading import Checkpoint, open_checkpoint
+from engine.checkpoint.packed_tensors import quantization_config
+from engine.checkpoint.writing import header_bytes, write_json, write_tensors
+from engine.errors import ParameterError
+from engine.models.config import to_hf_config
+from engine.models.layerwise import DecoderLayers, vector_names
+from engine.quality import text
+from engine.quantization.allocation import Allocation, total_bytes, total_kl
+from engine.quantization.candidates import ALLOWED_BITS, DEFAULT_BITS, candidate_formats
+from engine.quantization.search import MAX_TRIALS, Budget, Search
+from engine.quantization.sensitivity import SensitivityAnalysis, TensorSensitivity
+from engine.quantization.trial import Quality, Trial
+from engine.quantization.workspace import Workspace
+
+WORK_DIRECTORY = ".quantizing"
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a model is quantized.
+
+    widths: bits that a tensor may get. num_windows, num_validation_windows: calibration texts of `window`
+    tokens each, and those the search measures on. num_trials: quantizing passes of the search.
+    """
+
+    budget: Budget
+    widths: tuple[int, ...] = DEFAULT_BITS
+    num_windows: int = 24
+    num_validation_windows: int = 6
+    window: int = 512
+    num_trials: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.widths or set(self.widths) - set(ALLOWED_BITS):
+            allowed = ", ".join(map(str, ALLOWED_BITS))
+            raise ParameterError("widths", f"must be some of {allowed}, got {self.widths}")
+        if not 1 <= self.num_trials <= MAX_TRIALS:
+            raise ParameterError("trials", f"must be 1 to {MAX_TRIALS}, got {self.num_trials}")
+        for name in ("num_windows", "num_validation_windows", "window"):
+            if getattr(self, name) < 2:
+                raise ParameterError(name, f"must be at least 2, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was made. bits: of all stored tensors per weight; file_bytes: with the files' headers."""
+
+    file_bytes: int
+    tensor_bytes: int
+    num_parameters: int
+    bits: float
+    estimated_kl: float
+    quality: Quality
+    allocation: Allocation
+    tensors: list[TensorSensitivity]
+    trials: list[Quality]
+
+
+def quantize(
+    model: Path, out: Path, options: Options, documents: list[str], progress: Progress = lambda _s, _n: None
+) -> Result:
+    """Quantize the checkpoint `model` into the directory `out`.
+
+    `progress(stage, total)` is called after each of the `total` steps of a stage.
+
+    Raises:
+        ModelLoadError: the checkpoint is damaged or not supported.
+        ParameterError: the budget cannot be met, or `out` holds something else.
+    """
+    if out.exists() and any(p.name != WORK_DIRECTORY for p in out.iterdir()):
+        raise ParameterError("out", f"{out} holds other files")
+    checkpoint = open_checkpoint(model)
+    _check(checkpoint)
+    tokenizer = checkpoint.load_tokenizer()
+    count = options.num_windows + options.num_validation_windows
+    windows = text.token_windows(tokenizer, documents, count, options.window)
+    tokens, validation = windows[: options.num_windows], windows[options.num_windows :]
+    layers = DecoderLayers(checkpoint, options.window)
+    workspace = Workspace(out / WORK_DIRECTORY, _plan(model, options, windows))
+    analysis = SensitivityAnalysis(layers, tokens, candidate_formats(options.widths), workspace)
+    analysis.progress = lambda: progress("sensitivity", analysis.num_steps())
+    tensors = analysis.run()
+
+    vectors = sum(4 * layers.tensor(name).numel() for name in _vector_names(layers))
+    num_tensors = len(tensors) + sum(1 for _ in _vector_names(layers))
+    num_parameters = sum(t.n * t.k for t in tensors) + vectors // 4
+    search = Search(
+        options.budget, tensors, num_parameters, vectors, header_bytes(num_tensors), options.num_trials
+    )
+    trials: list[Trial] = []
+    while (allocation := search.next([(t.allocation, t.quality) for t in trials])) is not None:
+        trial = Trial(len(trials), analysis, allocation, validation)
+        trial.run(lambda: progress("quantization", layers.config.num_layers + 1))
+        trials.append(trial)
+    best = trials[search.best([t.quality for t in trials])]
+
+    tensor_bytes = total_bytes(tensors, best.allocation) + vectors
+    result = Result(
+        file_bytes=write_tensors(out, _groups(layers, best), tensor_bytes),
+        tensor_bytes=tensor_bytes,
+        num_parameters=num_parameters,
+        bits=tensor_bytes * 8 / num_parameters,
+        estimated_kl=total_kl(tensors, best.allocation),
+        quality=best.quality,
+        allocation=best.allocation,
+        tensors=tensors,
+        trials=[t.quality for t in trials],
+    )
+    tokenizer.save_pretrained(str(out))
+    # Without times, so that a repeated run writes the same bytes.
+    write_json(out / "report.json", {"options": asdict(options), **asdict(result)})
+    _write_config(checkpoint, model, out, best.allocation)
+    workspace.close()
+    return result
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    for name in ("hidden_size", "intermediate_size", "q_size"):
+        if getattr(config, name) % 32:
+            raise ParameterError("model", f"{name} {getattr(config, name)} is not a multiple of 32")
+
+
+def _plan(model: Path, options: Options, windows: Tensor) -> dict[str, Any]:
+    """What makes two runs the same; a float's last bits may differ between versions of torch."""
+    digest = hashlib.sha256()
+    for file in [*sorted(model.glob("*.safetensors")), model / "config.json"] if model.is_dir() else [model]:
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        with open(file, "rb") as content:  # header and first weights: reading all would take long
+            digest.update(content.read(1 << 20))
+    return {
+        "model": digest.hexdigest(),
+        "options": json.loads(json.dumps(asdict(options))),
+        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "torch": torch.__version__,
+    }
+
+
+def _vector_names(layers: DecoderLayers) -> Iterator[str]:
+    yield "model.norm.weight"
+    for layer in range(layers.config.num_layers):
+        yield from vector_names(layers.checkpoint, layer)
+
+
+def _groups(layers: DecoderLayers, trial: Trial) -> Iterator[Mapping[str, Tensor]]:
+    """Tensors of the files: tables, then layer by layer."""
+    yield {**trial.table_tensors(), "model.norm.weight": _stored_vector(layers, "model.norm.weight")}
+    for layer in range(layers.config.num_layers):
+        vectors = {n: _stored_vector(layers, n) for n in vector_names(layers.checkpoint, layer)}
+        yield {**trial.layer_tensors(layer), **vectors}
+
+
+def _stored_vector(layers: DecoderLayers, name: str) -> Tensor:
+    """Norms and biases stay in float32: they are few, and every bit of theirs counts."""
+    tensor = layers.tensor(name)
+    is_gemma = layers.config.architecture == "Gemma3ForCausalLM"
+    if is_gemma and "norm" in name and layers.config.norm_offset == 0:
+        tensor = tensor - 1  # GGUF stores 1 + w, Hugging Face's form is w
+    return tensor.float()
+
+
+def _write_config(checkpoint: Checkpoint, model: Path, out: Path, formats: Allocation) -> None:
+    if (model / "config.json").is_file():
+        raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    else:
+        raw = to_hf_config(checkpoint.config)
+        raw["eos_token_id"] = sorted(checkpoint.eos_token_ids)
+    raw["quantization_config"] = quantization_config(formats)
+    write_json(out / "config.json", raw)
+    if (generation := model / "generation_config.json").is_file():
+        (out / "generation_config.json").write_bytes(generation.read_bytes())

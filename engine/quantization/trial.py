@@ -1,0 +1,126 @@
+"""One allocation carried out: every tensor quantized, the true KL divergence measured on validation text."""
+
+from collections.abc import Callable
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.checkpoint.packed_tensors import packed_name
+from engine.models.layerwise import LINEARS, DecoderLayers, LayerWeights, linear_name
+from engine.quality.divergence import compare
+from engine.quantization.allocation import Allocation
+from engine.quantization.passes import quantize_layer
+from engine.quantization.sensitivity import SensitivityAnalysis
+
+_MICRO_BATCH = 4
+
+
+class Quality(TypedDict):
+    """On validation text: nats per token, perplexities, share of equal top-1 tokens."""
+
+    kl: float
+    perplexity: float
+    reference_perplexity: float
+    top1: float
+
+
+class Trial:
+    """Quantizes into the workspace under `trial-<index>/`, one file a layer."""
+
+    def __init__(
+        self, index: int, analysis: SensitivityAnalysis, allocation: Allocation, validation: Tensor
+    ) -> None:
+        self.allocation = allocation
+        self.quality: Quality
+        self._prefix = f"trial-{index}"
+        self._analysis, self._layers, self._workspace = analysis, analysis.layers, analysis.workspace
+        self._validation = validation
+
+    @torch.inference_mode()
+    def run(self, progress: Callable[[], None]) -> None:
+        """Continues where an interrupted run of the same allocation stopped."""
+        if self._workspace.has(f"{self._prefix}/quality.json"):
+            for _ in range(self._layers.config.num_layers + 1):
+                progress()
+        else:
+            self._tables()
+            for layer in range(self._layers.config.num_layers):
+                self._layer(layer)
+                progress()
+            self._measure()
+            progress()
+        self.quality = self._workspace.load_json(f"{self._prefix}/quality.json")
+
+    def table_tensors(self) -> dict[str, Tensor]:
+        """Packed bytes of embedding and head by their names in the checkpoint."""
+        return self._workspace.load_tensors(f"{self._prefix}/tables.safetensors")
+
+    def layer_tensors(self, layer: int) -> dict[str, Tensor]:
+        """Packed bytes of a layer's linears by their names in the checkpoint."""
+        return self._workspace.load_tensors(f"{self._prefix}/layer-{layer}.safetensors")
+
+    def _tables(self) -> None:
+        if self._workspace.has(f"{self._prefix}/tables.safetensors"):
+            return
+        quantized = self._analysis.quantize_tables(self.allocation)
+        packed = {packed_name(name): kernels.pack(w).data for name, w in quantized.items()}
+        embedding = quantized["model.embed_tokens.weight"].dequantize()
+        self._save_streams(0, *(self._layers.embed(t, embedding) for t in self._texts()))
+        self._workspace.save_tensors(f"{self._prefix}/tables.safetensors", packed)
+
+    def _layer(self, layer: int) -> None:
+        name = f"{self._prefix}/layer-{layer}.safetensors"
+        if self._workspace.has(name):
+            return
+        streams = self._workspace.load_tensors(f"{self._prefix}/stream-{layer}.safetensors")
+        weights = self._layers.load(layer)
+        importance = self._workspace.load_tensors(f"importance-{layer}.safetensors")
+        quantized, x = quantize_layer(self._layers, layer, weights, streams["x"], importance, self.allocation)
+        dense = {linear: quantized[linear_name(layer, linear)].dequantize() for linear in LINEARS}
+        validated = _run(self._layers, layer, LayerWeights(dense, weights.vectors), streams["validation"])
+        self._save_streams(layer + 1, x, validated)
+        packed = {packed_name(full): kernels.pack(w).data for full, w in quantized.items()}
+        self._workspace.save_tensors(name, packed)
+        self._workspace.remove(f"{self._prefix}/stream-{layer}.safetensors")
+
+    def _measure(self) -> None:
+        num_layers = self._layers.config.num_layers
+        streams = self._workspace.load_tensors(f"{self._prefix}/stream-{num_layers}.safetensors")
+        table = self._analysis.head_table()
+        name = self._analysis.table_names()[-1]
+        f = kernels.Format.parse(self.allocation[name])
+        data = self.table_tensors()[packed_name(name)]
+        head = kernels.dequantize(kernels.PackedWeight(f, table.shape[0], table.shape[1], data))
+        reference = self._reference()
+        d = compare(self._analysis.final(streams["validation"]), head, reference, table, self._validation)
+        quality = Quality(
+            kl=float(d.kl.mean()),
+            perplexity=float(d.nll.mean().exp()),
+            reference_perplexity=float(d.reference_nll.mean().exp()),
+            top1=float(d.agrees.float().mean()),
+        )
+        self._workspace.save_json(f"{self._prefix}/quality.json", quality)
+
+    def _reference(self) -> Tensor:
+        """The unquantized model's normed stream on the validation text, computed once."""
+        name = "validation.safetensors"
+        if not self._workspace.has(name):
+            x = self._layers.embed(self._validation, self._layers.embedding())
+            for layer in range(self._layers.config.num_layers):
+                x = _run(self._layers, layer, self._layers.load(layer), x)
+            self._workspace.save_tensors(name, {"x": self._analysis.final(x)})
+        return self._workspace.load_tensors(name)["x"]
+
+    def _texts(self) -> tuple[Tensor, Tensor]:
+        return self._analysis.tokens, self._validation
+
+    def _save_streams(self, layer: int, x: Tensor, validation: Tensor) -> None:
+        self._workspace.save_tensors(
+            f"{self._prefix}/stream-{layer}.safetensors", {"x": x, "validation": validation}
+        )
+
+
+def _run(layers: DecoderLayers, layer: int, weights: LayerWeights, x: Tensor) -> Tensor:
+    return torch.cat([layers.forward(layer, weights, part) for part in x.split(_MICRO_BATCH)])
