@@ -30,7 +30,7 @@ class _Progress:
 
 def run(model: Path, out: Path, options: Options, calibration: Path | None) -> Result:
     """Quantize and write report.html. Raises what `engine.quantization.pipeline.quantize` raises."""
-    documents = text.read_documents(calibration) if calibration else text.calibration_documents()
+    documents = text.documents_of_file(calibration) if calibration else text.calibration_documents()
     progress = _Progress()
     try:
         result = quantize(model, out, options, documents, progress)

@@ -47,3 +47,7 @@ class OutOfMemoryError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine core stopped; every request in flight failed and no new one is taken."""
+
+
+class QualityError(EngineError):
+    """A quality measurement cannot be made: its text, its data or its models do not allow it."""

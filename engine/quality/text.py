@@ -1,14 +1,15 @@
-"""Text for calibration and for measuring, from the Python that runs: no download, the same everywhere.
+"""Text to calibrate and to measure on, made of what every Python carries: its manual and its library.
 
-Prose comes from the language reference (`pydoc_data.topics`) and from docstrings, code from the standard
-library. Documents go to calibration or to the held-out half by turns, so that neither holds a piece of a
-document of the other.
+There is no dataset to download and none to go stale; reports carry the text's SHA-256, because another
+Python version carries another text. Two thirds of it are prose (the language reference of
+`pydoc_data.topics`), one third is code (modules of the standard library).
 """
 
-import ast
 import hashlib
-import importlib.util
-from collections.abc import Iterator, Sequence
+import random
+import re
+import sysconfig
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,77 +17,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import ParameterError
+from engine.errors import QualityError
 
+# Modules that no supported Python lacks; together about half as much text as the manual.
 _MODULES = (
-    "argparse bisect calendar collections concurrent.futures configparser contextlib copy csv dataclasses "
-    "datetime decimal difflib doctest email.message enum fractions functools gettext heapq html http.client "
-    "http.server imaplib inspect ipaddress json.decoder logging mailbox mimetypes multiprocessing.pool "
-    "optparse pathlib pickle pickletools plistlib pprint random selectors shelve shutil smtplib socketserver "
-    "ssl statistics string subprocess tarfile tempfile textwrap threading timeit tokenize traceback turtle "
-    "typing unittest.case unittest.mock urllib.parse urllib.request uuid weakref xml.dom.minidom zipfile"
+    "calendar",
+    "cmd",
+    "csv",
+    "filecmp",
+    "fileinput",
+    "fractions",
+    "graphlib",
+    "heapq",
+    "queue",
+    "shlex",
+    "textwrap",
 )
-_MIN_CHARACTERS = 600
-_MAX_CHARACTERS = 12_000
-
-
-@cache
-def _documents() -> tuple[str, ...]:
-    """Prose and code by turns, two of prose to one of code, in an order that is always the same."""
-    from pydoc_data.topics import topics
-
-    prose = [topics[name] for name in sorted(topics)]
-    code = []
-    for name in _MODULES.split():
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        source = Path(spec.origin).read_text(encoding="utf-8")
-        code.append(source)
-        prose.append(_docstrings(source))
-    prose, code = (
-        sorted((d[:_MAX_CHARACTERS] for d in documents if len(d) >= _MIN_CHARACTERS), key=_digest)
-        for documents in (prose, code)
-    )
-    mixed = []
-    for i, document in enumerate(prose):
-        mixed.append(document)
-        if i % 2 and i // 2 < len(code):
-            mixed.append(code[i // 2])
-    return tuple(mixed)
+_PROSE_PER_CODE = 2
+_PIECE_CHARS = 4000  # about a thousand tokens
+_MIN_TOPIC_CHARS = 200
+_SEED = 0
 
 
 def calibration_documents() -> list[str]:
-    """The half that quantization may look at."""
-    return list(_documents()[0::2])
+    """The half of the text that a quantizer may look at; never measured on.
+
+    Raises:
+        QualityError: this Python was installed without its manual or its library's sources.
+    """
+    return list(_halves()[0])
 
 
 def heldout_documents() -> list[str]:
-    """The half that only measures."""
-    return list(_documents()[1::2])
+    """The half of the text that quality is measured on; shares no paragraph with the other.
+
+    Raises:
+        QualityError: this Python was installed without its manual or its library's sources.
+    """
+    return list(_halves()[1])
 
 
-def read_documents(path: Path) -> list[str]:
-    """One document of a text file, cut at lines into pieces. Raises ParameterError when it has no text."""
+def documents_of_file(path: Path) -> list[str]:
+    """The user's own held-out text, as a single document.
+
+    Raises:
+        QualityError: there is no such file, it is not UTF-8, or it is empty.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError("text", f"{path} cannot be read as UTF-8 text: {error}") from None
-    pieces, piece = [], ""
-    for line in text.splitlines(keepends=True):
-        if len(piece) + len(line) > _MAX_CHARACTERS and piece:
-            pieces.append(piece)
-            piece = ""
-        piece += line
-    pieces = [p for p in [*pieces, piece] if p.strip()]
-    if not pieces:
-        raise ParameterError("text", f"{path} holds no text")
-    return pieces
+        raise QualityError(f"text: {path} cannot be read as UTF-8: {error}") from None
+    if not text.strip():
+        raise QualityError(f"text: {path} is empty")
+    return [text]
 
 
-def digest(documents: Sequence[str]) -> str:
-    """sha256 of the documents, for reports."""
-    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+def content_sha256(documents: Sequence[str]) -> str:
+    """SHA-256 (hexadecimal) of the documents, their borders included."""
+    digest = hashlib.sha256()
+    for document in documents:
+        content = document.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def token_windows(tokenizer: Any, documents: Sequence[str], count: int, length: int) -> Tensor:
@@ -96,7 +88,7 @@ def token_windows(tokenizer: Any, documents: Sequence[str], count: int, length: 
     second one each, and so on, so that few windows already cover many documents.
 
     Raises:
-        ParameterError: the text is too short.
+        QualityError: the text is too short.
     """
     bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
     body = length - (bos is not None)
@@ -109,25 +101,90 @@ def token_windows(tokenizer: Any, documents: Sequence[str], count: int, length: 
                 windows.append([bos, *window] if bos is not None else window)
             if len(windows) == count:
                 return torch.tensor(windows)
-    raise ParameterError("text", f"gives {len(windows)} windows of {length} tokens, {count} are needed")
+    raise QualityError(f"text: gives {len(windows)} windows of {length} tokens, {count} are needed")
+
+
+@cache
+def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    prose, code = _split(_topics()), _split(_modules())
+    first, second = (_interleave(p, c) for p, c in zip(prose, code, strict=True))
+    return first, second
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise QualityError("this Python has no pydoc_data.topics; give a text file") from None
+    return _without_repetition(topics)
+
+
+def _without_repetition(topics: dict[str, str]) -> dict[str, str]:
+    """Each paragraph once: short topics repeat passages of long ones, which would leak between the halves."""
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        fresh = []
+        for paragraph in _paragraphs(text):
+            if (key := " ".join(paragraph.split())) not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        document = "\n\n".join(fresh)
+        if len(document) >= _MIN_TOPIC_CHARS:
+            kept[name] = document
+    return kept
+
+
+def _modules() -> dict[str, str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    try:
+        return {name: (library / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
+    except OSError as error:
+        raise QualityError(f"this Python lacks its library's sources; give a text file ({error})") from None
+
+
+def _split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Whole documents, longest first, each to the half that has less: equal sizes without chance."""
+    halves: tuple[list[str], list[str]] = ([], [])
+    for _, text in sorted(documents.items(), key=lambda item: (-len(item[1]), item[0])):
+        min(halves, key=lambda half: sum(map(len, half))).append(text)
+    return halves
+
+
+def _interleave(prose: Iterable[str], code: Iterable[str]) -> tuple[str, ...]:
+    """Pieces in a fixed random order, whichever kind is behind its share of the characters next."""
+    shuffle = random.Random(_SEED).shuffle
+    kinds = [[piece for text in texts for piece in _pieces(text)] for texts in (prose, code)]
+    for pieces in kinds:
+        shuffle(pieces)
+    taken, result = [0.0, 0.0], []
+    while any(kinds):
+        kind = 0 if not kinds[1] or (kinds[0] and taken[0] <= _PROSE_PER_CODE * taken[1]) else 1
+        piece = kinds[kind].pop()
+        taken[kind] += len(piece)
+        result.append(piece)
+    return tuple(result)
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut between paragraphs, so that no single topic or module fills a whole window after window."""
+    pieces: list[str] = []
+    piece: list[str] = []
+    size = 0
+    for paragraph in _paragraphs(text):
+        if piece and size + len(paragraph) > _PIECE_CHARS:
+            pieces.append("\n\n".join(piece))
+            piece, size = [], 0
+        piece.append(paragraph)
+        size += len(paragraph)
+    pieces.append("\n\n".join(piece))
+    return pieces
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n[ \t]*\n", text.strip("\n"))
 
 
 def _adds_bos(tokenizer: Any) -> bool:
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _docstrings(source: str) -> str:
-    return "\n\n".join(_each_docstring(ast.parse(source)))
-
-
-def _each_docstring(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) > 80:
-                yield text
-
-
-def _digest(document: str) -> str:
-    return hashlib.sha256(document.encode()).hexdigest()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint import open_checkpoint
-from engine.errors import ParameterError
+from engine.errors import ParameterError, QualityError
 from engine.models.layerwise import DecoderLayers
 from engine.quality.divergence import divergence
 from engine.quantization.allocation import allocate, allocate_for_kl, total_bytes, total_kl
@@ -304,7 +304,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(tmp_path):
 
 def test_too_little_text_is_refused(tmp_path):
     model = small_model(tmp_path / "model")
-    with pytest.raises(ParameterError, match="windows of 48 tokens"):
+    with pytest.raises(QualityError, match="windows of 48 tokens"):
         quantize(model, tmp_path / "out", Options(Budget(bits=4.0), **OPTIONS), ["w1 w2 w3"])
 
 
