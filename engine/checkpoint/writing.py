@@ -34,6 +34,7 @@ def write_tensors(directory: Path, groups: Iterable[Mapping[str, Tensor]], total
         nonlocal pending, written
         path = directory / f"model-{len(shards) + 1:05}.safetensors.part"
         save_file({k: v.contiguous() for k, v in sorted(pending.items())}, path, {"format": "pt"})
+        path.chmod(0o644)  # the library creates it for the owner alone
         written += path.stat().st_size
         shards.append(list(pending))
         pending = {}

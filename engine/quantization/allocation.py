@@ -1,10 +1,13 @@
 """Which format each tensor gets: an exact multiple-choice knapsack over bytes.
 
 Minimise the sum of the tensors' estimated KL divergences subject to a byte budget, one candidate a tensor
-(the multiple-choice knapsack problem, Sinha and Zoltners 1979), solved to optimality by HiGHS through SciPy.
+(the multiple-choice knapsack problem), by dynamic programming over budgets (Dudzinski and Walukiewicz 1987):
+one pass over the tensors gives the least KL of every budget at once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,8 +17,7 @@ from engine.quantization.sensitivity import Candidate, TensorSensitivity
 Allocation = dict[str, str]
 """Format name by tensor name."""
 
-_SOLVER_SECONDS = 60.0
-_RELATIVE_GAP = 1e-5
+_MAX_STATES = 200_000  # beyond, sizes are rounded up by at most 1 / 200,000 of the budget in all
 
 
 def allocate(tensors: Sequence[TensorSensitivity], max_bytes: int) -> Allocation:
@@ -27,12 +29,10 @@ def allocate(tensors: Sequence[TensorSensitivity], max_bytes: int) -> Allocation
     smallest = sum(min(c.nbytes for c in t.candidates) for t in tensors)
     if smallest > max_bytes:
         raise ParameterError(
-            "bits", f"the budget leaves {max_bytes} bytes for matrices, the smallest formats take {smallest}"
+            "budget", f"leaves {max_bytes} bytes for matrices, the smallest formats take {smallest}"
         )
-    nbytes, cost = _columns(tensors)
-    # In units of the budget: the solver's tolerances are relative to 1.
-    chosen = _solve(tensors, cost / cost.max(), nbytes / max_bytes)
-    return _fit(tensors, chosen, max_bytes)
+    table = _solve(tensors, max_bytes)
+    return table.allocation(len(table.least) - 1)
 
 
 def allocate_for_kl(tensors: Sequence[TensorSensitivity], max_kl: float) -> Allocation:
@@ -41,37 +41,13 @@ def allocate_for_kl(tensors: Sequence[TensorSensitivity], max_kl: float) -> Allo
     Raises:
         ParameterError: even the widest candidates lose more.
     """
-    least = sum(min(c.kl for c in t.candidates) for t in tensors)
-    if least > max_kl:
-        raise ParameterError("max-kl", f"must be at least {least:.3g}, what the widest formats lose")
-    nbytes, cost = _columns(tensors)
-    return _solve(tensors, nbytes / nbytes.max(), cost / max_kl)
-
-
-def _columns(tensors: Sequence[TensorSensitivity]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and KL of all candidates, one after the other."""
-    candidates = [c for t in tensors for c in t.candidates]
-    return np.array([float(c.nbytes) for c in candidates]), np.array([c.kl for c in candidates])
-
-
-def _solve(tensors: Sequence[TensorSensitivity], cost: np.ndarray, weight: np.ndarray) -> Allocation:
-    """One candidate a tensor, least total cost with total weight at most 1."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    owner = [i for i, t in enumerate(tensors) for _ in t.candidates]
-    one_each = np.zeros((len(tensors), len(owner)))
-    one_each[owner, np.arange(len(owner))] = 1
-    result = milp(
-        cost,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None], -np.inf, 1.0)],
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _SOLVER_SECONDS},
-    )
-    if result.x is None:
-        raise RuntimeError(f"the knapsack was not solved: {result.message}")
-    formats = [c.format for t in tensors for c in t.candidates]
-    return {tensors[i].name: formats[j] for j, i in enumerate(owner) if result.x[j] > 0.5}
+    table = _solve(tensors, sum(max(c.nbytes for c in t.candidates) for t in tensors))
+    enough = np.flatnonzero(table.least <= max_kl)
+    if not len(enough):
+        raise ParameterError(
+            "max-kl", f"must be at least {table.least[-1]:.3g}, what the widest formats lose"
+        )
+    return table.allocation(int(enough[0]))
 
 
 def total_bytes(tensors: Sequence[TensorSensitivity], allocation: Mapping[str, str]) -> int:
@@ -83,24 +59,46 @@ def total_kl(tensors: Sequence[TensorSensitivity], allocation: Mapping[str, str]
     return sum(_choice(t, allocation).kl for t in tensors)
 
 
-def uniform(tensors: Sequence[TensorSensitivity], name: str) -> Allocation:
-    return {t.name: name for t in tensors}
-
-
 def _choice(tensor: TensorSensitivity, allocation: Mapping[str, str]) -> Candidate:
     return next(c for c in tensor.candidates if c.format == allocation[tensor.name])
 
 
-def _fit(tensors: Sequence[TensorSensitivity], allocation: Allocation, max_bytes: int) -> Allocation:
-    """The solver's tolerance may overstep the budget by a few bytes: give back the cheapest step."""
-    while (excess := total_bytes(tensors, allocation) - max_bytes) > 0:
-        steps = []
-        for t in tensors:
-            now = _choice(t, allocation)
-            for c in t.candidates:
-                if c.nbytes < now.nbytes:
-                    saved = min(now.nbytes - c.nbytes, excess)
-                    steps.append(((c.kl - now.kl) / saved, t.name, c.format))
-        _, name, chosen = min(steps)
-        allocation[name] = chosen
-    return allocation
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """least[c]: least KL with c units beyond the smallest formats; chosen[t, c]: which candidate has it."""
+
+    tensors: Sequence[TensorSensitivity]
+    extra: list[list[int]]  # units of each candidate beyond its tensor's smallest
+    least: np.ndarray
+    chosen: np.ndarray
+
+    def allocation(self, units: int) -> Allocation:
+        result = {}
+        for i in reversed(range(len(self.tensors))):
+            choice = int(self.chosen[i, units])
+            result[self.tensors[i].name] = self.tensors[i].candidates[choice].format
+            units -= self.extra[i][choice]
+        return dict(reversed(result.items()))
+
+
+def _solve(tensors: Sequence[TensorSensitivity], max_bytes: int) -> _Table:
+    bases = [min(c.nbytes for c in t.candidates) for t in tensors]
+    steps = [[c.nbytes - base for c in t.candidates] for t, base in zip(tensors, bases, strict=True)]
+    room = max_bytes - sum(bases)
+    unit = max(math.gcd(*(s for own in steps for s in own)), room // _MAX_STATES, 1)
+    extra = [[-(-s // unit) for s in own] for own in steps]
+    states = room // unit + 1
+    least = np.zeros(states)
+    chosen = np.zeros((len(tensors), states), dtype=np.uint8)
+    for i, tensor in enumerate(tensors):
+        best = np.full(states, np.inf)
+        for j, candidate in enumerate(tensor.candidates):
+            shift = extra[i][j]
+            if shift >= states:
+                continue
+            reached = least[: states - shift] + candidate.kl
+            is_better = reached < best[shift:]
+            best[shift:][is_better] = reached[is_better]
+            chosen[i, shift:][is_better] = j
+        least = best
+    return _Table(tensors, extra, least, chosen)
