@@ -234,6 +234,28 @@ def bench_serve(
     report.publish(rows, "Serving path", json_path)
 
 
+@bench.command("quantization")
+def bench_quantization(
+    model: Annotated[str, typer.Argument(help="Default model's name or a GGUF file.")],
+    json_path: JsonPath = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    widths: Annotated[str, typer.Option(help="Widths that Peregrine's allocation may use.")] = "2,3,4,8",
+    text: Annotated[Path | None, typer.Option(help="Held-out text; Python's own by default.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Keeps the analysis between runs.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Peregrine's quantization beside rounding, GPTQ, HQQ and llama.cpp on one text."""
+    from deploy.bench import quantization, report
+    from deploy.models import resolve_model
+
+    chosen = methods.split(",") if methods else list(quantization.METHODS)
+    if unknown := [name for name in chosen if name not in quantization.METHODS]:
+        raise fail(f"--methods: unknown {unknown[0]!r} (known: {', '.join(quantization.METHODS)})")
+    sizes = [int(w) for w in widths.split(",")]
+    rows = quantization.run(resolve_model(model), work, sizes, chosen, threads, text)
+    report.publish(rows, "Quantization", json_path)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

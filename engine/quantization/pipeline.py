@@ -106,7 +106,7 @@ def quantize(
     )
     trials: list[Trial] = []
     while (allocation := search.next([(t.allocation, t.quality) for t in trials])) is not None:
-        trial = Trial(len(trials), analysis, allocation, validation)
+        trial = Trial(f"trial-{len(trials)}", analysis, allocation, validation)
         trial.run(lambda: progress("quantization", layers.config.num_layers + 1))
         trials.append(trial)
     best = trials[search.best([t.quality for t in trials])]

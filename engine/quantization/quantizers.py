@@ -73,6 +73,16 @@ def choose_scales(weight: Tensor, importance: Tensor, f: Format) -> Grid:
     return _stored(best_scale, best_zero, f, n, k)
 
 
+def plain_scales(weight: Tensor, f: Format) -> Grid:
+    """Scales that span each group's smallest to largest value: what the others are compared with."""
+    n, k = weight.shape
+    width, groups = f.group_size or k, f.num_groups(k)
+    w = torch.nn.functional.pad(weight, (0, groups * width - k)).view(n, groups, width)
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    scale = ((high - low) / ((1 << f.bits) - 1)).clamp(min=1e-12)
+    return _stored(scale, (-low / scale).round(), f, n, k)
+
+
 def _stored(scale: Tensor, zero: Tensor, f: Format, n: int, k: int) -> Grid:
     """Round scales [N, groups] and zero points to what the format stores."""
     codes = torch.zeros(n, k, dtype=torch.uint8)

@@ -27,14 +27,14 @@ class Quality(TypedDict):
 
 
 class Trial:
-    """Quantizes into the workspace under `trial-<index>/`, one file a layer."""
+    """Quantizes into the workspace under `<name>/`, one file a layer."""
 
     def __init__(
-        self, index: int, analysis: SensitivityAnalysis, allocation: Allocation, validation: Tensor
+        self, name: str, analysis: SensitivityAnalysis, allocation: Allocation, validation: Tensor
     ) -> None:
         self.allocation = allocation
         self.quality: Quality
-        self._prefix = f"trial-{index}"
+        self._prefix = name
         self._analysis, self._layers, self._workspace = analysis, analysis.layers, analysis.workspace
         self._validation = validation
 
