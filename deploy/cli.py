@@ -256,6 +256,19 @@ def bench_quantization(
     report.publish(rows, "Quantization", json_path)
 
 
+@bench.command("sensitivity")
+def bench_sensitivity(
+    json_path: JsonPath = None,
+    layers: Annotated[str, typer.Option(help="Comma-separated depths.")] = "8,16,32,64",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Time of the sensitivity analysis against depth."""
+    from deploy.bench import report, sensitivity
+
+    rows = sensitivity.run([int(n) for n in layers.split(",")], rounds)
+    report.publish(rows, "Sensitivity analysis", json_path)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
