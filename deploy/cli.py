@@ -196,6 +196,9 @@ def bench_cpu(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     batches: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8",
     runtimes: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    quantized: Annotated[
+        Path | None, typer.Option(help="Directory of `peregrine quantize`, measured as well.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Medians are taken over so many runs.")] = 3,
 ) -> None:
     """CPU decoding beside transformers and llama.cpp on the same weights."""
@@ -207,7 +210,7 @@ def bench_cpu(
     if unknown := [name for name in chosen if name not in cpu.RUNTIMES]:
         raise fail(f"--runtimes: unknown {unknown[0]!r} (known: {', '.join(cpu.RUNTIMES)})")
     sizes = [int(b) for b in batches.split(",")]
-    rows = cpu.run(resolve_model(model or DEFAULT_MODEL), threads, sizes, chosen, rounds)
+    rows = cpu.run(resolve_model(model or DEFAULT_MODEL), threads, sizes, chosen, rounds, quantized)
     report.publish(rows, "CPU decoding", json_path)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
+QUANTIZED = "peregrine-quantized"
 RUNTIMES = ("peregrine", "peregrine-fp32", "transformers-fp32", "transformers-bf16", "llama.cpp")
 _TIMEOUT_S = 600
 
@@ -26,13 +27,26 @@ Measurement = tuple[float, float]
 
 
 def run(
-    model: Path, threads: int, batches: list[int], runtimes: list[str], rounds: int
+    model: Path,
+    threads: int,
+    batches: list[int],
+    runtimes: list[str],
+    rounds: int,
+    quantized: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of cpu.json. Raises RuntimeError when a runtime fails."""
+    """Rows of cpu.json; `quantized` is another checkpoint of the model, that Peregrine runs in addition.
+
+    Raises RuntimeError when a runtime fails.
+    """
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
+    paths = dict.fromkeys(runtimes, model)
+    if quantized is not None:
+        runtimes = [*runtimes, QUANTIZED]
+        paths[QUANTIZED] = quantized
     plan = [(r, b) for _ in range(rounds) for r in runtimes for b in batches]
     for runtime, batch in tqdm(plan, desc="measuring", unit="run"):
-        command = [sys.executable, "-m", "deploy.bench.cpu", runtime, str(model), str(threads), str(batch)]
+        command = [sys.executable, "-m", "deploy.bench.cpu", runtime, str(paths[runtime])]
+        command += [str(threads), str(batch)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{runtime} failed: {done.stderr.strip()[-2000:]}")
@@ -40,7 +54,8 @@ def run(
     return [
         {
             "runtime": runtime,
-            "model": model.stem,
+            "model": paths[runtime].name.removesuffix(".gguf"),
+            "weights_mb": round(_weight_bytes(paths[runtime]) / 1e6, 1),
             "threads": threads,
             "batch": batch,
             "prompt_tok_s": round(statistics.median(r["prompt_tok_s"] for r in runs), 1),
@@ -49,6 +64,11 @@ def run(
         }
         for (runtime, batch), runs in results.items()
     ]
+
+
+def _weight_bytes(model: Path) -> int:
+    files = model.glob("*.safetensors") if model.is_dir() else [model]
+    return sum(f.stat().st_size for f in files)
 
 
 def prompts(batch: int, vocab_size: int) -> list[list[int]]:
@@ -163,6 +183,7 @@ def measure_llama_cpp(model: Path, threads: int, batch: int) -> Measurement:
 
 _MEASURE: dict[str, Callable[[Path, int, int], Measurement]] = {
     "peregrine": lambda m, t, b: measure_peregrine(m, t, b, "auto"),
+    QUANTIZED: lambda m, t, b: measure_peregrine(m, t, b, "auto"),
     "peregrine-fp32": lambda m, t, b: measure_peregrine(m, t, b, "float32"),
     "transformers-fp32": lambda m, t, b: measure_transformers(m, t, b, "float32"),
     "transformers-bf16": lambda m, t, b: measure_transformers(m, t, b, "bfloat16"),

@@ -191,14 +191,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """Rows of the chosen methods; `work` keeps the analysis between runs."""
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(path, work or Path(temporary), widths, held_out)
-        with torch.inference_mode(False):
-            bench.analyse()
+        bench.analyse()
         rows = []
-        for row in _rows(bench, methods, threads):
-            console.print(row)
-            rows.append(row)
+        with torch.inference_mode():
+            for row in _rows(bench, methods, threads):
+                console.print(row)
+                rows.append(row)
         return rows
 
 
