@@ -16,6 +16,7 @@ from kernels.formats import Format, IntegerWeight
 _SHRINKS = torch.cat([torch.linspace(0.4, 1.0, 25), torch.tensor([1.05])])
 _DAMPING = 0.01
 _BLOCK = 64
+_ROWS = 4096  # searched at a time: temporaries stay small
 
 
 @dataclass(slots=True)
@@ -35,6 +36,14 @@ class Grid:
 
 def choose_scales(weight: Tensor, importance: Tensor, f: Format) -> Grid:
     """Scales of `weight` [N, K] under column weights `importance` [K], both float32."""
+    n, k = weight.shape
+    parts = [_search_scales(rows, importance, f) for rows in weight.split(_ROWS)]
+    scale, zero = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return _stored(scale, zero, f, n, k)
+
+
+def _search_scales(weight: Tensor, importance: Tensor, f: Format) -> tuple[Tensor, Tensor]:
+    """Best scale and zero point, float32 [N, groups] each."""
     n, k = weight.shape
     width = f.group_size or k
     groups = f.num_groups(k)
@@ -56,21 +65,19 @@ def choose_scales(weight: Tensor, importance: Tensor, f: Format) -> Grid:
         scale = (full * shrink).clamp(min=1e-12)
         inverse = 1 / scale
         if f.kind == "sym":
-            zeros = [torch.full_like(scale, half)]
+            zero = torch.full_like(scale, half)
         else:
-            centre = -low * shrink * inverse
-            zeros = [((centre / step).round() * step).clamp(0, 255 * step)]
-        for zero in zeros:
-            q = (w * inverse[..., None] + zero[..., None]).round_().clamp_(0, top).sub_(zero[..., None])
-            # The scale that fits these codes best, in closed form.
-            fitted = ((w * q) * h).sum(-1) / ((q * q) * h).sum(-1).clamp(min=1e-20)
-            fitted = torch.where(fitted > 0, fitted, scale)
-            error = ((w - q * fitted[..., None]).square_() * h).sum(-1)
-            is_better = error < best_error
-            best_error = torch.where(is_better, error, best_error)
-            best_scale = torch.where(is_better, fitted, best_scale)
-            best_zero = torch.where(is_better, zero, best_zero)
-    return _stored(best_scale, best_zero, f, n, k)
+            zero = ((-low * shrink * inverse / step).round() * step).clamp(0, 255 * step)
+        q = (w * inverse[..., None] + zero[..., None]).round_().clamp_(0, top).sub_(zero[..., None])
+        # The scale that fits these codes best, in closed form.
+        fitted = ((w * q) * h).sum(-1) / ((q * q) * h).sum(-1).clamp(min=1e-20)
+        fitted = torch.where(fitted > 0, fitted, scale)
+        error = ((w - q * fitted[..., None]).square_() * h).sum(-1)
+        is_better = error < best_error
+        best_error = torch.where(is_better, error, best_error)
+        best_scale = torch.where(is_better, fitted, best_scale)
+        best_zero = torch.where(is_better, zero, best_zero)
+    return best_scale, best_zero
 
 
 def plain_scales(weight: Tensor, f: Format) -> Grid:

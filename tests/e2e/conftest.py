@@ -1,4 +1,9 @@
-"""A live cluster of two replicas: real Ray, real HAProxy, real model."""
+"""A live cluster of two replicas: real Ray, real HAProxy, real model.
+
+PEREGRINE_TEST_MODEL names another checkpoint of the same model, e.g. what `peregrine quantize` wrote.
+"""
+
+import os
 
 import openai
 import pytest
@@ -13,7 +18,8 @@ MODEL = "SmolLM2-135M-Instruct"
 @pytest.fixture(scope="session")
 def cluster(smollm2):
     """Base URL of two replicas."""
-    config = load_config(None, {"cluster": {"replicas": 2, "port": free_port()}})
+    engine = {"model": os.environ.get("PEREGRINE_TEST_MODEL", str(smollm2)), "served_model_name": MODEL}
+    config = load_config(None, {"engine": engine, "cluster": {"replicas": 2, "port": free_port()}})
     with running_cluster(config) as url:
         yield url
 
