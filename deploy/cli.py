@@ -184,6 +184,33 @@ def quantize(
     command.print_result(result, out, console)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Default model's name, a path, or a Hub id.")],
+    reference: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text; Python's own by default.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="May be repeated; all by default.")] = None,
+    size: Annotated[int | None, typer.Option(min=2, help="Windows, questions or problems a suite.")] = None,
+) -> None:
+    """Quality of a model beside its reference: divergence, reasoning, bias, code."""
+    from deploy import evaluate as command
+    from deploy.bench import report
+    from deploy.models import ModelNotFoundError, resolve_model
+    from engine.errors import EngineError
+    from engine.quality.suites import SUITES
+
+    chosen = suite or list(SUITES)
+    if unknown := [name for name in chosen if name not in SUITES]:
+        raise fail(f"--suite: unknown {unknown[0]!r} (known: {', '.join(SUITES)})")
+    try:
+        against = resolve_model(reference) if reference else None
+        rows = command.run(resolve_model(model), against, chosen, text, size)
+    except (EngineError, ModelNotFoundError) as error:
+        raise fail(str(error)) from None
+    report.publish(rows, "Quality", json_path)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 app.add_typer(bench, name="bench")
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]

@@ -1,0 +1,132 @@
+"""Log-likelihoods of continuations, and figures with confidence intervals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.checkpoint.loading import Checkpoint
+from engine.models.layerwise import DecoderLayers
+from engine.quality.divergence import head_table
+from kernels.reference import rms_norm
+
+Progress = Callable[[], None]
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and of a continuation."""
+
+_BATCH_TOKENS = 4096
+_HEAD_ROWS = 256
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure of the model beside the reference's.
+
+    The interval (95%, bootstrap) is that of the difference where there is a reference, else of the value.
+    """
+
+    suite: str
+    metric: str
+    model: float
+    reference: float | None
+    difference: float | None
+    ci_low: float
+    ci_high: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@torch.inference_mode()
+def continuation_logprobs(
+    checkpoint: Checkpoint, pairs: Sequence[Pair], progress: Progress = lambda: None
+) -> list[float]:
+    """Sum of log p(continuation | prompt) of each pair, nats; float32 throughout, all layers streamed once.
+
+    Sequences of like length run together, padded behind: causal attention does not see what follows.
+    """
+    batches = _batches(pairs)
+    longest = max(len(p) + len(c) for p, c in pairs)
+    layers = DecoderLayers(checkpoint, longest)
+    table = layers.embedding()
+    streams = [layers.embed(tokens, table) for _, tokens in batches]
+    for layer in range(layers.config.num_layers):
+        weights = layers.load(layer)
+        streams = [layers.forward(layer, weights, x) for x in streams]
+        progress()
+    head, norm = head_table(checkpoint), layers.final_norm()
+    scores = [0.0] * len(pairs)
+    for (members, _), x in zip(batches, streams, strict=True):
+        for row, index in enumerate(members):
+            prompt, continuation = pairs[index]
+            wanted = x[row, len(prompt) - 1 : len(prompt) + len(continuation) - 1]
+            normed = rms_norm(wanted, norm, layers.config.rms_norm_eps)
+            scores[index] = _total(normed, head, torch.tensor(continuation))
+    return scores
+
+
+def _total(states: Tensor, head: Tensor, targets: Tensor) -> float:
+    total = 0.0
+    for x, y in zip(states.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+        logits = functional.linear(x, head)
+        total -= float(functional.cross_entropy(logits, y, reduction="sum"))
+    return total
+
+
+def _batches(pairs: Sequence[Pair]) -> list[tuple[list[int], Tensor]]:
+    """Indices and padded tokens int64 [members, longest], shortest first."""
+    lengths = [len(p) + len(c) for p, c in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    groups: list[list[int]] = []
+    for index in order:
+        if not groups or (len(groups[-1]) + 1) * lengths[index] > _BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(index)
+    result = []
+    for members in groups:
+        tokens = torch.zeros(len(members), lengths[members[-1]], dtype=torch.int64)
+        for row, index in enumerate(members):
+            ids = [*pairs[index][0], *pairs[index][1]]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        result.append((members, tokens))
+    return result
+
+
+def row(suite: str, metric: str, values: Sequence[float], reference: Sequence[float] | None) -> Row:
+    """Mean of per-item values, with the interval of the paired difference."""
+    ours = np.asarray(values, dtype=np.float64)
+    theirs = None if reference is None else np.asarray(reference, dtype=np.float64)
+    low, high = bootstrap(ours if theirs is None else ours - theirs)
+    return Row(
+        suite,
+        metric,
+        float(ours.mean()),
+        None if theirs is None else float(theirs.mean()),
+        None if theirs is None else float((ours - theirs).mean()),
+        low,
+        high,
+        len(ours),
+    )
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval of the mean (Efron 1979), from a fixed seed."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def encode(tokenizer: Any, prompt: str, continuation: str) -> Pair:
+    """Prompt with the tokenizer's own special tokens; what follows without."""
+    whole = tokenizer(prompt + continuation)["input_ids"]
+    start = tokenizer(prompt)["input_ids"]
+    if whole[: len(start)] == start and len(whole) > len(start):
+        return start, whole[len(start) :]
+    return start, tokenizer(continuation, add_special_tokens=False)["input_ids"]
