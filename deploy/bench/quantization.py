@@ -56,6 +56,9 @@ class Bench:
         widths = tuple(widths)
         workspace = Workspace(work / "analysis", {"model": self.name, "widths": list(widths)})
         self.analysis = SensitivityAnalysis(self.layers, self.tokens, candidate_formats(widths), workspace)
+        self.unrotated = SensitivityAnalysis(
+            self.layers, self.tokens, self.analysis.formats, workspace, may_rotate=False
+        )
         self.tensors: list[TensorSensitivity] = []
         self.vector_bytes = self._vector_bytes()
         self.num_weights = 0
@@ -68,12 +71,26 @@ class Bench:
 
     def peregrine(self, bits: float) -> dict[str, Any]:
         """The allocation under `bits`, quantized the way `peregrine quantize` does."""
-        total = self.num_weights + self.vector_bytes // 4
-        allocation = allocate(self.tensors, int(bits * total / 8) - self.vector_bytes)
+        allocation = allocate(self.tensors, self._matrix_bytes(bits))
         return self.carried_out("peregrine", f"peregrine-{bits}", allocation)
 
-    def carried_out(self, method: str, directory: str, allocation: Allocation) -> dict[str, Any]:
-        trial = Trial(directory, self.analysis, allocation, self.held_out)
+    def without_rotation(self, bits: float) -> dict[str, Any]:
+        """What Peregrine would reach if it never rotated values."""
+        allocation = allocate(self.unrotated.run(), self._matrix_bytes(bits))
+        return self.carried_out("peregrine-unrotated", f"unrotated-{bits}", allocation, self.unrotated)
+
+    def _matrix_bytes(self, bits: float) -> int:
+        total = self.num_weights + self.vector_bytes // 4
+        return int(bits * total / 8) - self.vector_bytes
+
+    def carried_out(
+        self,
+        method: str,
+        directory: str,
+        allocation: Allocation,
+        analysis: SensitivityAnalysis | None = None,
+    ) -> dict[str, Any]:
+        trial = Trial(directory, analysis or self.analysis, allocation, self.held_out)
         with tqdm(total=self.layers.config.num_layers + 1, desc=directory, unit="layer") as bar:
             trial.run(lambda: _advance(bar))
         nbytes = total_bytes(self.tensors, allocation)
@@ -202,7 +219,7 @@ def run(
         return rows
 
 
-METHODS = ("rtn", "gptq", "hqq", "uniform", "depth", "peregrine", "llama.cpp")
+METHODS = ("rtn", "gptq", "hqq", "uniform", "depth", "peregrine", "unrotated", "llama.cpp")
 
 
 def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
@@ -227,6 +244,9 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
     if "peregrine" in methods:
         for bits in BUDGETS:
             yield bench.peregrine(bits)
+    if "unrotated" in methods:
+        for bits in BUDGETS:
+            yield bench.without_rotation(bits)
     if "llama.cpp" in methods:
         importance = llama_cpp_quants.importance_matrix(bench.layers, bench.tokens)
         for kind in LLAMA_CPP_TYPES:

@@ -19,10 +19,11 @@ from engine.checkpoint.packed_tensors import quantization_config
 from engine.checkpoint.writing import header_bytes, write_json, write_tensors
 from engine.errors import ParameterError
 from engine.models.config import to_hf_config
-from engine.models.layerwise import DecoderLayers, vector_names
+from engine.models.layerwise import DecoderLayers, linear_name, vector_names
 from engine.quality import text
 from engine.quantization.allocation import Allocation, total_bytes, total_kl
 from engine.quantization.candidates import ALLOWED_BITS, DEFAULT_BITS, candidate_formats
+from engine.quantization.rotation import Rotation, rotate_heads
 from engine.quantization.search import MAX_TRIALS, Budget, Search
 from engine.quantization.sensitivity import SensitivityAnalysis, TensorSensitivity
 from engine.quantization.trial import Quality, Trial
@@ -70,6 +71,7 @@ class Result:
     quality: Quality
     allocation: Allocation
     tensors: list[TensorSensitivity]
+    rotations: list[Rotation]
     trials: list[Quality]
 
 
@@ -113,7 +115,7 @@ def quantize(
 
     tensor_bytes = total_bytes(tensors, best.allocation) + vectors
     result = Result(
-        file_bytes=write_tensors(out, _groups(layers, best), tensor_bytes),
+        file_bytes=write_tensors(out, _groups(analysis, best), tensor_bytes),
         tensor_bytes=tensor_bytes,
         num_parameters=num_parameters,
         bits=tensor_bytes * 8 / num_parameters,
@@ -121,6 +123,7 @@ def quantize(
         quality=best.quality,
         allocation=best.allocation,
         tensors=tensors,
+        rotations=analysis.rotations,
         trials=[t.quality for t in trials],
     )
     tokenizer.save_pretrained(str(out))
@@ -159,11 +162,15 @@ def _vector_names(layers: DecoderLayers) -> Iterator[str]:
         yield from vector_names(layers.checkpoint, layer)
 
 
-def _groups(layers: DecoderLayers, trial: Trial) -> Iterator[Mapping[str, Tensor]]:
+def _groups(analysis: SensitivityAnalysis, trial: Trial) -> Iterator[Mapping[str, Tensor]]:
     """Tensors of the files: tables, then layer by layer."""
+    layers = analysis.layers
     yield {**trial.table_tensors(), "model.norm.weight": _stored_vector(layers, "model.norm.weight")}
     for layer in range(layers.config.num_layers):
         vectors = {n: _stored_vector(layers, n) for n in vector_names(layers.checkpoint, layer)}
+        bias = linear_name(layer, "v_proj").removesuffix("weight") + "bias"
+        if bias in vectors and analysis.is_rotated(layer):
+            vectors[bias] = rotate_heads(vectors[bias], layers.config.head_dim)
         yield {**trial.layer_tensors(layer), **vectors}
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from engine.models.layerwise import LINEARS, SHARED_INPUTS, DecoderLayers, LayerWeights, linear_name
 from engine.quantization.candidates import quantize_all
+from engine.quantization.rotation import Rotation, can_rotate, rotate_heads, rotate_values
 from engine.quantization.workspace import HiddenStates, Workspace
 from kernels.formats import Format, IntegerWeight
 from kernels.reference import rms_norm
@@ -29,6 +30,8 @@ _MICRO_BATCH = 4
 _HEAD_ROWS = 256
 _MAX_TABLE_ROWS = 16_384  # of an embedding that are tried out; the rest behaves alike
 Progress = Callable[[], None]
+_Named = Mapping[str, Tensor]
+"""By short name of a linear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,11 @@ class SensitivityAnalysis:
         formats: Sequence[Format],
         workspace: Workspace,
         progress: Progress = lambda: None,
+        may_rotate: bool = True,
     ) -> None:
         self.layers, self.tokens, self.formats = layers, tokens, list(formats)
+        self.may_rotate = may_rotate
+        self.rotations: list[Rotation] = []  # of every layer, known after `run`
         self.workspace, self.progress = workspace, progress
         self.num_layers = layers.config.num_layers
         shape = (*tokens.shape, layers.config.hidden_size)
@@ -77,8 +83,34 @@ class SensitivityAnalysis:
         for layer in reversed(range(self.num_layers)):
             self._backward(layer)
         self._tables()
-        names = [f"sensitivity-{i}.json" for i in range(self.num_layers)] + ["sensitivity-tables.json"]
-        return [_from_json(item) for name in names for item in self.workspace.load_json(name)]
+        self.rotations = []
+        tensors = []
+        for layer in range(self.num_layers):
+            tried = self.workspace.load_json(f"sensitivity-{layer}.json")
+            plain, rotated = ([_from_json(item) for item in tried[key]] for key in ("plain", "rotated"))
+            self.rotations.append(self._rotation(layer, plain, rotated))
+            chosen = {t.name: t for t in rotated} if self.is_rotated(layer) else {}
+            tensors += [chosen.get(t.name, t) for t in plain]
+        return tensors + [_from_json(item) for item in self.workspace.load_json("sensitivity-tables.json")]
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether the layer's values are to be rotated, see `engine.quantization.rotation`."""
+        return self.may_rotate and self.rotations[layer].is_better
+
+    def load(self, layer: int) -> LayerWeights:
+        """The layer's weights as they are to be quantized: rotated where that was better."""
+        weights = self.layers.load(layer)
+        return rotate_values(weights, self.layers.config.head_dim) if self.is_rotated(layer) else weights
+
+    def _rotation(
+        self, layer: int, plain: Sequence[TensorSensitivity], rotated: Sequence[TensorSensitivity]
+    ) -> Rotation:
+        """Held against each other in the format in the middle."""
+        middle = len(self.formats) // 2
+        names = {linear_name(layer, name) for name in ("v_proj", "o_proj")}
+        plain_kl = sum(t.candidates[middle].kl for t in plain if t.name in names)
+        rotated_kl = sum(t.candidates[middle].kl for t in rotated) if rotated else None
+        return Rotation(layer, str(self.formats[middle]), plain_kl, rotated_kl)
 
     @torch.inference_mode()
     def _forward(self) -> None:
@@ -122,10 +154,14 @@ class SensitivityAnalysis:
             gradient = self.workspace.load_tensors(f"gradient-{layer + 1}.safetensors")["g"]
             weights = self.layers.load(layer)
             inputs, outputs, below = self._recompute(layer, weights, gradient)
-            result, importance = self._try_formats(layer, weights, inputs, outputs)
+            importance = {names[0]: _token_weight(names, outputs) for names in SHARED_INPUTS}
+            tried = {
+                "plain": self._try_plain(layer, weights, inputs, outputs, importance),
+                "rotated": self._try_rotated(layer, weights, inputs, outputs, importance),
+            }
             self.workspace.save_tensors(f"importance-{layer}.safetensors", importance)
             self.workspace.save_tensors(f"gradient-{layer}.safetensors", {"g": below})
-            self.workspace.save_json(name, [_to_json(r) for r in result])
+            self.workspace.save_json(name, {k: [_to_json(r) for r in found] for k, found in tried.items()})
             self.workspace.remove(f"gradient-{layer + 1}.safetensors")
         self.progress()
 
@@ -157,24 +193,51 @@ class SensitivityAnalysis:
             torch.cat(below),
         )
 
+    def _try_plain(
+        self, layer: int, weights: LayerWeights, inputs: _Named, outputs: _Named, importance: _Named
+    ) -> list[TensorSensitivity]:
+        results: dict[str, TensorSensitivity] = {}
+        for names in SHARED_INPUTS:
+            leader = names[0]
+            results |= self._try_formats(layer, names, weights, inputs[leader], outputs, importance[leader])
+        return [results[name] for name in LINEARS]
+
+    def _try_rotated(
+        self, layer: int, weights: LayerWeights, inputs: _Named, outputs: _Named, importance: _Named
+    ) -> list[TensorSensitivity]:
+        """v_proj and o_proj with the values rotated; empty where they cannot be."""
+        width = self.layers.config.head_dim
+        if not can_rotate(width):
+            return []
+        weights = rotate_values(weights, width)
+        gradients = {"v_proj": rotate_heads(outputs["v_proj"], width), "o_proj": outputs["o_proj"]}
+        mixed = rotate_heads(inputs["o_proj"], width)
+        token_weight = importance["q_proj"]  # of all that share the input, as in the quantizing pass
+        results = self._try_formats(
+            layer, ("v_proj",), weights, inputs["v_proj"], gradients, token_weight
+        ) | self._try_formats(layer, ("o_proj",), weights, mixed, gradients, importance["o_proj"])
+        return list(results.values())
+
     @torch.inference_mode()
     def _try_formats(
-        self, layer: int, weights: LayerWeights, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-    ) -> tuple[list[TensorSensitivity], dict[str, Tensor]]:
-        results, importance = {}, {}
-        for names in SHARED_INPUTS:
-            x = inputs[names[0]]
-            token_weight = sum(outputs[n].square().sum(-1) / outputs[n].square().sum() for n in names)
-            assert isinstance(token_weight, Tensor)
-            importance[names[0]] = token_weight
-            hessian = weighted_moment(x, token_weight)
-            matrices = [weights.linears[n] for n in names]
-            tried = quantize_all(matrices, hessian, [self.formats] * len(names))
-            for name, w, quantized in zip(names, matrices, tried, strict=True):
-                errors = torch.stack([q.dequantize() - w for q in quantized])
-                kl = self._divergences(x, outputs[name], errors)
-                results[name] = self._result(linear_name(layer, name), w, kl)
-        return [results[name] for name in LINEARS], importance
+        self,
+        layer: int,
+        names: Sequence[str],
+        weights: LayerWeights,
+        x: Tensor,
+        outputs: _Named,
+        token_weight: Tensor,
+    ) -> dict[str, TensorSensitivity]:
+        """Linears that share the input x [S, T, K], by short name. token_weight: [S, T]."""
+        hessian = weighted_moment(x, token_weight)
+        matrices = [weights.linears[n] for n in names]
+        tried = quantize_all(matrices, hessian, [self.formats] * len(names))
+        results = {}
+        for name, w, quantized in zip(names, matrices, tried, strict=True):
+            errors = torch.stack([q.dequantize() - w for q in quantized])
+            kl = self._divergences(x, outputs[name], errors)
+            results[name] = self._result(linear_name(layer, name), w, kl)
+        return results
 
     def _divergences(self, x: Tensor, g: Tensor, errors: Tensor) -> Tensor:
         """KL per token for errors [F, N, K]."""
@@ -284,6 +347,12 @@ class SensitivityAnalysis:
 
     def final(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.layers.final_norm(), self.layers.config.rms_norm_eps)
+
+
+def _token_weight(names: Sequence[str], outputs: _Named) -> Tensor:
+    """How much the model's output depends on linears' outputs at each token, [S, T]."""
+    shares = [outputs[n].square().sum(-1) / outputs[n].square().sum() for n in names]
+    return torch.stack(shares).sum(0)
 
 
 def weighted_moment(x: Tensor, weight: Tensor) -> Tensor:

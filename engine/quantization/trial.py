@@ -75,7 +75,7 @@ class Trial:
         if self._workspace.has(name):
             return
         streams = self._workspace.load_tensors(f"{self._prefix}/stream-{layer}.safetensors")
-        weights = self._layers.load(layer)
+        weights = self._analysis.load(layer)
         importance = self._workspace.load_tensors(f"importance-{layer}.safetensors")
         quantized, x = quantize_layer(self._layers, layer, weights, streams["x"], importance, self.allocation)
         dense = {linear: quantized[linear_name(layer, linear)].dequantize() for linear in LINEARS}

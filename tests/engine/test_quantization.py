@@ -9,19 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import ParameterError, QualityError
-from engine.models.layerwise import DecoderLayers
+from engine.models.layerwise import DecoderLayers, linear_name
 from engine.quality.divergence import divergence
 from engine.quantization.allocation import allocate, allocate_for_kl, total_bytes, total_kl
-from engine.quantization.candidates import quantize_all
+from engine.quantization.candidates import candidate_formats, quantize_all
 from engine.quantization.pipeline import WORK_DIRECTORY, Options, quantize
 from engine.quantization.quantizers import choose_scales, round_to_nearest
+from engine.quantization.rotation import can_rotate, hadamard, rotate_values
 from engine.quantization.search import Budget
-from engine.quantization.sensitivity import Candidate, TensorSensitivity
+from engine.quantization.sensitivity import Candidate, SensitivityAnalysis, TensorSensitivity
+from engine.quantization.workspace import Workspace
 from kernels.formats import Format
 from kernels.reference import rms_norm
 from tests.engine.helpers import greedy, make_core, run_all, save_random_llama
@@ -152,6 +155,76 @@ def test_the_layerwise_forward_pass_is_the_models(tmp_path, overrides):
         expected = reference.model(tokens).last_hidden_state
     got = rms_norm(x, layers.final_norm(), checkpoint.config.rms_norm_eps)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
+def test_a_hadamard_matrix_undoes_itself():
+    for size in (1, 2, 64, 256):
+        torch.testing.assert_close(hadamard(size) @ hadamard(size), torch.eye(size), atol=1e-5, rtol=0)
+    assert [n for n in (32, 48, 64, 96, 256) if can_rotate(n)] == [32, 64, 256]
+
+
+def test_rotated_values_leave_the_model_as_it_was(tmp_path):
+    """With grouped heads and biases: the layer's output moves by float rounding alone."""
+    save_random_llama(tmp_path, attention_bias=True)
+    layers = DecoderLayers(open_checkpoint(tmp_path), 50)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 50, 64, generator=generator)
+    weights = layers.load(1)
+    weights.vectors["v_proj.bias"] = torch.randn(32, generator=generator)
+    rotated = rotate_values(weights, layers.config.head_dim)
+    assert not torch.allclose(rotated.linears["v_proj"], weights.linears["v_proj"])
+    assert not torch.allclose(rotated.vectors["v_proj.bias"], weights.vectors["v_proj.bias"])
+    expected, got = layers.forward(1, weights, x), layers.forward(1, rotated, x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def spiky_model(directory: Path) -> Path:
+    """Layer 1's values have one strong channel a head, which a rotation spreads; head_dim 16, with biases."""
+    small_model(directory, attention_bias=True)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors[linear_name(1, "o_proj")].view(64, 4, 16)[:, :, 3] *= 30
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.v_proj.bias"].normal_(
+            generator=torch.Generator().manual_seed(6)
+        )
+    save_file(tensors, file, {"format": "pt"})
+    return directory
+
+
+def test_a_layer_is_rotated_only_where_that_loses_less(tmp_path):
+    layers = DecoderLayers(open_checkpoint(spiky_model(tmp_path / "model")), 48)
+    tokens = torch.randint(0, 199, (6, 48), generator=torch.Generator().manual_seed(7))
+    workspace = Workspace(tmp_path / "work", {})
+    formats = candidate_formats((2, 3, 4, 8))
+    chosen = SensitivityAnalysis(layers, tokens, formats, workspace)
+    plain = SensitivityAnalysis(layers, tokens, formats, workspace, may_rotate=False)
+    ours, theirs = chosen.run(), plain.run()
+    assert not any(plain.is_rotated(layer) for layer in range(3))
+    for layer, rotation in enumerate(chosen.rotations):
+        assert rotation.rotated_kl is not None
+        assert chosen.is_rotated(layer) == (rotation.rotated_kl < rotation.plain_kl)
+        values = {linear_name(layer, name) for name in ("v_proj", "o_proj")}
+        kl = [
+            sum(c.kl for t in found if t.name in values for c in t.candidates if c.format == rotation.format)
+            for found in (ours, theirs)
+        ]
+        assert kl[0] == pytest.approx(min(rotation.plain_kl, rotation.rotated_kl))
+        assert kl[1] == pytest.approx(rotation.plain_kl)
+    others = [t for t in ours if "v_proj" not in t.name and "o_proj" not in t.name]
+    assert others == [t for t in theirs if "v_proj" not in t.name and "o_proj" not in t.name]
+
+
+def test_a_rotated_checkpoint_is_written_whole(tmp_path):
+    """Rotated weights and biases belong together: in 8 bits the written model is the original."""
+    model = spiky_model(tmp_path / "model")
+    result = quantize(model, tmp_path / "out", Options(Budget(bits=12.0), widths=(8,), **OPTIONS), TEXT)
+    assert any(r.is_better for r in result.rotations)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [r["layer"] for r in report["rotations"]] == [0, 1, 2]
+    tokens = torch.randint(0, 199, (4, 48), generator=torch.Generator().manual_seed(4))
+    got = divergence(open_checkpoint(tmp_path / "out"), open_checkpoint(model), tokens)
+    assert float(got.kl.mean()) < 2e-3
 
 
 @pytest.fixture(scope="module")
