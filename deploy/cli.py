@@ -42,6 +42,9 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Prompt plus output tokens.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens drafted a step; 0 is off.", show_default="by device")
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(help="Accepted API key; may be repeated.", envvar="PEREGRINE_API_KEY", show_envvar=True),
@@ -58,6 +61,7 @@ def serve(
             "max_model_len": max_model_len,
             "device": device,
             "dtype": dtype,
+            "speculative_tokens": speculative_tokens,
         },
         "serving": {"api_keys": tuple(api_key) if api_key else None},
         "cluster": {"replicas": replicas, "host": host, "port": port},

@@ -11,6 +11,7 @@ from engine.outputs import EngineStats, ModelInfo
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler
+from engine.speculation import DraftPolicy
 
 
 class EngineCore:
@@ -28,6 +29,7 @@ class EngineCore:
             token_budget=self.runner.token_budget,
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
+            draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
         )
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
         self._total_steps = 0
@@ -74,12 +76,15 @@ class EngineCore:
         plan = self.scheduler.schedule()
         result = self.runner.execute(plan)
         self._collect_prompt_logprobs(plan.preempted_ids, result)
-        news = self.scheduler.update(plan, {k: t.token_id for k, t in result.sampled.items()})
-        outputs = tuple(self._emit(request, result.sampled[request.request_id]) for request, _ in news)
+        sampled = {k: [t.token_id for t in tokens] for k, tokens in result.sampled.items()}
+        news = self.scheduler.update(plan, sampled)
+        outputs: list[TokenOutput] = []
+        for request, token_ids in news:
+            outputs += self._emit(request, result.sampled[request.request_id][: len(token_ids)])
         end = time.monotonic()
         self._total_steps += 1
         self._last_step_s = end - start
-        return StepOutputs(end, outputs, self.stats())
+        return StepOutputs(end, tuple(outputs), self.stats())
 
     def stats(self) -> EngineStats:
         scheduler, pool = self.scheduler, self.kv_cache.pool
@@ -96,19 +101,25 @@ class EngineCore:
             total_output_tokens=self._total_output_tokens,
             total_preemptions=scheduler.total_preemptions,
             last_step_s=self._last_step_s,
+            total_drafts=scheduler.total_drafts,
+            total_draft_tokens=scheduler.total_draft_tokens,
+            total_accepted_tokens=scheduler.total_accepted_tokens,
         )
 
-    def _emit(self, request: Request, token: SampledToken) -> TokenOutput:
-        self._total_output_tokens += 1
+    def _emit(self, request: Request, tokens: list[SampledToken]) -> list[TokenOutput]:
+        """One output for each new token; the last one says whether, and why, the request ended."""
+        self._total_output_tokens += len(tokens)
         prompt_logprobs = None
-        if request.num_output_tokens == 1:
+        if request.num_output_tokens == 1:  # a first token comes alone: drafts are for decoding requests
             self._total_prompt_tokens += request.num_prompt_tokens
             self._total_cached_tokens += request.num_cached_tokens
             if request.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
         if request.status.is_finished:
             self._forget(request.request_id)
-        return _output_of(request, token, prompt_logprobs)
+        *accepted, last = tokens
+        outputs = [_output_of(request, token, None, is_last=False) for token in accepted]
+        return [*outputs, _output_of(request, last, prompt_logprobs)]
 
     def _collect_prompt_logprobs(self, preempted_ids: tuple[str, ...], result: StepResult) -> None:
         for request_id in preempted_ids:
@@ -124,7 +135,11 @@ class EngineCore:
 
 
 def _output_of(
-    request: Request, token: SampledToken | None, prompt_logprobs: tuple[RawLogprobs, ...] | None
+    request: Request,
+    token: SampledToken | None,
+    prompt_logprobs: tuple[RawLogprobs, ...] | None,
+    *,
+    is_last: bool = True,
 ) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
@@ -133,6 +148,6 @@ def _output_of(
         first_scheduled_time=request.first_scheduled_time,
         logprobs=token.logprobs if token else None,
         prompt_logprobs=prompt_logprobs,
-        finish_reason=request.status.finish_reason,
-        stop_reason=request.stop_reason,
+        finish_reason=request.status.finish_reason if is_last else None,
+        stop_reason=request.stop_reason if is_last else None,
     )

@@ -8,17 +8,22 @@ from torch import Tensor
 
 import kernels
 from engine.request import Request
+from engine.sampler import SampledRow
 from engine.scheduler import ScheduledRequest, SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """Tensors of one step. `sampled_rows` are the indices, among T tokens, whose logits are wanted."""
+    """Tensors of one step. `sampled_indices` tells which of the T tokens' logits are sampled from.
+
+    A request with k drafts has k + 1 rows: one after its last token and one after each draft.
+    """
 
     token_ids: Tensor  # int64 [T]
     metadata: kernels.AttentionMetadata
     sampled: tuple[ScheduledRequest, ...]
-    sampled_rows: Tensor  # int64 [R]
+    rows: tuple[SampledRow, ...]  # R, by request in the order of `sampled`
+    sampled_indices: Tensor  # int64 [R]
 
 
 class InputBatch:
@@ -51,6 +56,7 @@ class InputBatch:
             first = query_start[i]
             last = query_start[i + 1] = first + part.num_scheduled_tokens
             token_ids.extend(part.request.all_token_ids[begin:end])
+            token_ids.extend(part.draft_token_ids)
             positions[first:last] = range(begin, end) if last - first < 8 else np.arange(begin, end)
             rows[i] = self._update_row(part.request)
 
@@ -59,9 +65,15 @@ class InputBatch:
         block_table = self._block_table[rows, : -(-int(seq_lens.max()) // size)]
         seq_of_token = np.repeat(np.arange(num_seqs), num_query)
         slots = block_table[seq_of_token, positions // size] * size + positions % size
-        sampled_rows = [
-            int(query_start[i + 1]) - 1 for i, part in enumerate(output.scheduled) if part.is_sampled
-        ]
+        sampled: list[ScheduledRequest] = []
+        sampled_rows: list[SampledRow] = []
+        sampled_indices: list[int] = []
+        for part, last in zip(output.scheduled, query_start[1:].tolist(), strict=True):
+            if part.is_sampled:
+                sampled.append(part)
+                for i in range(num_rows := 1 + len(part.draft_token_ids)):
+                    sampled_rows.append(SampledRow(part.request, part.draft_token_ids[:i]))
+                    sampled_indices.append(last - num_rows + i)
         return StepInput(
             token_ids=torch.tensor(token_ids, dtype=torch.int64).to(self.device),
             metadata=kernels.AttentionMetadata(
@@ -71,8 +83,9 @@ class InputBatch:
                 seq_lens=self._to_device(seq_lens),
                 block_table=self._to_device(np.ascontiguousarray(block_table)),
             ),
-            sampled=tuple(part for part in output.scheduled if part.is_sampled),
-            sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64).to(self.device),
+            sampled=tuple(sampled),
+            rows=tuple(sampled_rows),
+            sampled_indices=torch.tensor(sampled_indices, dtype=torch.int64).to(self.device),
         )
 
     def _update_row(self, request: Request) -> int:

@@ -53,7 +53,10 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """Everything one step brought. `time` is time.monotonic() when the step's tokens were known."""
+    """Everything one step brought: a sequence's tokens in order, several where drafts were accepted.
+
+    `time` is time.monotonic() when the step's tokens were known.
+    """
 
     time: float
     outputs: tuple[TokenOutput, ...]

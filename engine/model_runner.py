@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engine.request import Request
 from engine.sampler import SampledToken, Sampler, position_logprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, SchedulerOutput
+from engine.speculation import num_kept
 
 _DEFAULT_CPU_KV_BYTES = 1 << 30
 _GPU_MEMORY_SHARE = 0.9
@@ -32,9 +34,12 @@ _LOGPROB_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step yields, by request id. Prompt logprobs come chunk by chunk."""
+    """What a step yields, by request id: the new tokens in order, accepted drafts before the last one.
 
-    sampled: dict[str, SampledToken]
+    Prompt logprobs come chunk by chunk.
+    """
+
+    sampled: dict[str, list[SampledToken]]
     prompt_logprobs: dict[str, list[RawLogprobs]]
 
 
@@ -84,11 +89,9 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(hidden, output)
         if not step.sampled:
             return StepResult({}, prompt_logprobs)
-        requests = [part.request for part in step.sampled]
-        rows = hidden if len(requests) == len(hidden) else hidden[step.sampled_rows]
-        tokens = self.sampler.sample(self.model.logits(rows), requests)
-        sampled = {r.request_id: token for r, token in zip(requests, tokens, strict=True)}
-        return StepResult(sampled, prompt_logprobs)
+        rows = hidden if len(step.rows) == len(hidden) else hidden[step.sampled_indices]
+        tokens = self.sampler.sample(self.model.logits(rows), step.rows)
+        return StepResult(_accept(step.sampled, tokens), prompt_logprobs)
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that left the batch."""
@@ -178,6 +181,18 @@ class ModelRunner:
             weight_bytes=sum(t.nbytes for t in tensors),
             weight_format=checkpoint.weight_format if packed else str(dtype).removeprefix("torch."),
         )
+
+
+def _accept(sampled: Sequence[ScheduledRequest], tokens: list[SampledToken]) -> dict[str, list[SampledToken]]:
+    """Of each request's k + 1 tokens, which stand in a row in `tokens`, those that count."""
+    kept: dict[str, list[SampledToken]] = {}
+    first = 0
+    for part in sampled:
+        drafts = part.draft_token_ids
+        own = tokens[first : first + len(drafts) + 1]
+        kept[part.request.request_id] = own[: num_kept(drafts, [t.token_id for t in own])]
+        first += len(own)
+    return kept
 
 
 def _weight_tensors(model: LlamaModel) -> list[kernels.Weight]:

@@ -87,6 +87,10 @@ class EngineStats:
     total_output_tokens: int
     total_preemptions: int
     last_step_s: float
+    total_drafts: int = 0
+    """Verifications of one sequence's drafts; each brought 1 + accepted / drafts tokens in the mean."""
+    total_draft_tokens: int = 0
+    total_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

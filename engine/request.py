@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engine.outputs import FinishReason
 from engine.sampling_params import SamplingParams
+from engine.speculation import Drafter
 
 
 class RequestStatus(enum.Enum):
@@ -37,7 +38,7 @@ class Request:
 
     `num_computed_tokens` counts the tokens whose keys and values lie in the KV cache; a request is in
     prefill while more than one token is missing there. `block_ids` and `block_hashes` belong to the
-    KVCacheManager.
+    KVCacheManager. `drafter` is there from the first decode step on where drafts are allowed.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Request:
         "arrival_time",
         "block_hashes",
         "block_ids",
+        "drafter",
         "first_scheduled_time",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -82,6 +84,7 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_remembered_blocks = 0
+        self.drafter: Drafter | None = None
         if not 0 < self.num_prompt_tokens < max_model_len:
             raise ValueError(
                 f"{request_id}: {self.num_prompt_tokens} prompt tokens, limit {max_model_len - 1}"

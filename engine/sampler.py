@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.messages import RawLogprobs
 from engine.request import Request
+from engine.sampling_params import SamplingParams
 
 # Nearly every nucleus ends within this many candidates; a row whose does not is sorted whole.
 _NUM_CANDIDATES = 1024
@@ -18,6 +19,23 @@ _MASK64 = (1 << 64) - 1
 class SampledToken:
     token_id: int
     logprobs: RawLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """What one row of logits is sampled for: the token after the request's tokens and then these drafts."""
+
+    request: Request
+    draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def position(self) -> int:
+        """Index of the new token in the request's output."""
+        return self.request.num_output_tokens + len(self.draft_token_ids)
 
 
 @dataclass(slots=True)
@@ -34,7 +52,7 @@ class Sampler:
 
     A row's result depends on its own logits, parameters, seed and position alone, never on the rows
     beside it: the uniform number is a hash of (seed, position), so that a preempted request goes on
-    with the same tokens.
+    with the same tokens, and drafts are verified with the numbers of plain decoding.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -42,15 +60,15 @@ class Sampler:
         self.device = device
         self._counts: dict[str, _TokenCounts] = {}
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken]:
         """One token for each row of logits, float32 [R, vocab]; the tensor is overwritten."""
-        logprobs = _gather_raw_logprobs(logits, requests)
-        for row, request in enumerate(requests):
-            if request.params.has_penalties:
-                self._penalize(logits[row], request)
-            if request.params.logit_bias:
-                _add_bias(logits[row], request)
-        token_ids = self._choose(logits, requests)
+        logprobs = _gather_raw_logprobs(logits, rows)
+        for i, row in enumerate(rows):
+            if row.params.has_penalties:
+                self._penalize(logits[i], row)
+            if row.params.logit_bias:
+                _add_bias(logits[i], row.params)
+        token_ids = self._choose(logits, rows)
         return [
             SampledToken(token_id, entry(token_id) if entry else None)
             for token_id, entry in zip(token_ids, logprobs, strict=True)
@@ -60,28 +78,34 @@ class Sampler:
         """Drop what is kept for a request that left the batch."""
         self._counts.pop(request_id, None)
 
-    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    def _choose(self, logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
         token_ids: list[int] = logits.argmax(dim=-1).tolist()
-        plain = [i for i, r in enumerate(requests) if not r.params.is_greedy and not _is_filtered(r)]
-        filtered = [i for i, r in enumerate(requests) if not r.params.is_greedy and _is_filtered(r)]
-        for rows, choose in ((plain, _sample_plain), (filtered, _sample_filtered)):
-            if rows:
+        plain = [i for i, r in enumerate(rows) if not r.params.is_greedy and not _is_filtered(r.params)]
+        filtered = [i for i, r in enumerate(rows) if not r.params.is_greedy and _is_filtered(r.params)]
+        for indices, choose in ((plain, _sample_plain), (filtered, _sample_filtered)):
+            if indices:
                 chosen = choose(
-                    logits[rows] if len(rows) < len(requests) else logits, [requests[i] for i in rows]
+                    logits[indices] if len(indices) < len(rows) else logits, [rows[i] for i in indices]
                 )
-                for i, token_id in zip(rows, chosen, strict=True):
+                for i, token_id in zip(indices, chosen, strict=True):
                     token_ids[i] = token_id
         return token_ids
 
-    def _penalize(self, logits: Tensor, request: Request) -> None:
-        params, counts = request.params, self._counts_of(request)
+    def _penalize(self, logits: Tensor, row: SampledRow) -> None:
+        params, counts = row.params, self._counts_of(row.request)
+        in_output = counts.in_output
+        if row.draft_token_ids:
+            # A copy: the drafts may be rejected.
+            in_output = in_output.clone()
+            for token_id in row.draft_token_ids:
+                in_output[token_id] += 1
         if params.repetition_penalty != 1.0:
-            seen = counts.in_prompt | (counts.in_output > 0)
+            seen = counts.in_prompt | (in_output > 0)
             penalty = params.repetition_penalty
             weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits.copy_(torch.where(seen, weakened, logits))
-        logits.sub_(counts.in_output, alpha=params.frequency_penalty)
-        logits.sub_((counts.in_output > 0).float(), alpha=params.presence_penalty)
+        logits.sub_(in_output, alpha=params.frequency_penalty)
+        logits.sub_((in_output > 0).float(), alpha=params.presence_penalty)
 
     def _counts_of(self, request: Request) -> _TokenCounts:
         counts = self._counts.get(request.request_id)
@@ -122,34 +146,33 @@ class _RowLogprobs:
         return position_logprobs(self._logits, [token_id], self._num_top)[0]
 
 
-def _gather_raw_logprobs(logits: Tensor, requests: Sequence[Request]) -> list[_RowLogprobs | None]:
+def _gather_raw_logprobs(logits: Tensor, rows: Sequence[SampledRow]) -> list[_RowLogprobs | None]:
     return [
         None if r.params.logprobs is None else _RowLogprobs(logits[i], r.params.logprobs)
-        for i, r in enumerate(requests)
+        for i, r in enumerate(rows)
     ]
 
 
-def _add_bias(logits: Tensor, request: Request) -> None:
-    bias = request.params.logit_bias
+def _add_bias(logits: Tensor, params: SamplingParams) -> None:
+    bias = params.logit_bias
     logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
 
 
-def _is_filtered(request: Request) -> bool:
-    params = request.params
+def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _sample_plain(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    scaled = logits / _column([r.params.temperature for r in requests], logits)
+def _sample_plain(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    scaled = logits / _column([r.params.temperature for r in rows], logits)
     weights = scaled.softmax(dim=-1)
-    return _inverse_cdf(weights, requests)[:, 0].tolist()
+    return _inverse_cdf(weights, rows)[:, 0].tolist()
 
 
 def _sample_filtered(
-    logits: Tensor, requests: Sequence[Request], num_candidates: int = _NUM_CANDIDATES
+    logits: Tensor, rows: Sequence[SampledRow], num_candidates: int = _NUM_CANDIDATES
 ) -> list[int]:
     """Keep the top k, of those the nucleus, of those what min-p allows (the order of transformers)."""
-    params = [r.params for r in requests]
+    params = [r.params for r in rows]
     vocab_size = logits.shape[-1]
     num_candidates = min(vocab_size, max(num_candidates, *(p.top_k for p in params), 0))
     scaled = logits / _column([p.temperature for p in params], logits)
@@ -167,17 +190,17 @@ def _sample_filtered(
     if num_candidates < vocab_size:
         is_cut = (cumulative[:, -1:] < nucleus) & (probs[:, -1:] >= floor) & (probs[:, -1:] > 0)
         if is_cut.any():
-            return _sample_filtered(logits, requests, vocab_size)
+            return _sample_filtered(logits, rows, vocab_size)
     keep = (cumulative - probs < nucleus) & (probs >= floor)
     keep[:, 0] = True
-    chosen = _inverse_cdf(probs * keep, requests)
+    chosen = _inverse_cdf(probs * keep, rows)
     return ids.gather(1, chosen)[:, 0].tolist()
 
 
-def _inverse_cdf(weights: Tensor, requests: Sequence[Request]) -> Tensor:
+def _inverse_cdf(weights: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """Index [R, 1] drawn from each row of unnormalised weights [R, V] (float64 sums: V can be 256 k)."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    uniform = _column([_uniform(r.seed, r.num_output_tokens) for r in requests], cumulative)
+    uniform = _column([_uniform(r.request.seed, r.position) for r in rows], cumulative)
     # right=True: the first entry above the target, so that an entry of weight 0 is never hit.
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return index.clamp_(max=weights.shape[-1] - 1)

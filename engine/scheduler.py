@@ -2,25 +2,32 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
+from engine.speculation import Drafter, DraftPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request's part of a step: compute `num_scheduled_tokens` tokens from `num_computed_tokens` on."""
+    """One request's part of a step: compute `num_scheduled_tokens` tokens from `num_computed_tokens` on.
+
+    The last of them may be drafts, which are no tokens of the request yet: `draft_token_ids` follow its
+    last known token, and the step verifies them.
+    """
 
     request: Request
     num_computed_tokens: int
     num_scheduled_tokens: int
+    draft_token_ids: tuple[int, ...] = ()
 
     @property
     def is_sampled(self) -> bool:
-        """The chunk reaches the last known token, so the step yields a new one."""
-        return self.num_computed_tokens + self.num_scheduled_tokens == self.request.num_tokens
+        """The chunk reaches the last known token, so the step yields a new one (and one for each draft)."""
+        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return self.num_computed_tokens + num_known == self.request.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,8 @@ class Scheduler:
     Waiting requests are taken in order of arrival, preempted ones before all others; nothing overtakes,
     so none starves. Every request is promised that it fits into the cache alone: `max_model_len` may
     not exceed the cache's capacity.
+
+    Drafts come last: they displace no decode, at most half of the prompt tokens, and nobody's blocks.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class Scheduler:
         token_budget: int,
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        draft_policy: DraftPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_model_len > kv_cache.capacity_tokens:
@@ -70,6 +80,10 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of first scheduling: the youngest is last
         self.total_preemptions = 0
+        self.total_drafts = 0
+        self.total_draft_tokens = 0
+        self.total_accepted_tokens = 0
+        self._draft_policy = draft_policy if draft_policy and draft_policy.max_tokens > 0 else None
         self._clock = clock
 
     @property
@@ -104,7 +118,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step and reserve its blocks."""
-        budget = self.token_budget
+        drafts = self._draft() if self._draft_policy else {}
+        budget = self.token_budget - sum(map(len, drafts.values()))
         scheduled: list[ScheduledRequest] = []
         preempted: list[str] = []
 
@@ -132,30 +147,52 @@ class Scheduler:
             self._start(request, num_hit_tokens)
             scheduled.append(ScheduledRequest(request, num_hit_tokens, num_tokens))
             budget -= num_tokens
+        if drafts:
+            scheduled = [self._with_drafts(s, drafts.get(s.request.request_id, ())) for s in scheduled]
         return SchedulerOutput(tuple(scheduled))
 
-    def update(self, output: SchedulerOutput, sampled: Mapping[str, int]) -> list[tuple[Request, int]]:
-        """Take in the step's results: `sampled` maps request ids to their new tokens.
+    def update(
+        self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]
+    ) -> list[tuple[Request, Sequence[int]]]:
+        """Take in the step's results: `sampled` maps request ids to their new tokens, in order.
 
-        Requests that ended while the step ran are skipped. Returns the (request, new token) pairs that
-        count; finished ones have left the scheduler and carry their final status.
+        One token a request, or up to one more than its drafts. Requests that ended while the step ran are
+        skipped. Returns the requests with the new tokens that count (none after one that ends its
+        request); finished ones have left the scheduler and carry their final status.
         """
-        news: list[tuple[Request, int]] = []
+        news: list[tuple[Request, Sequence[int]]] = []
         for part in output.scheduled:
             request = part.request
             if request.status is not RequestStatus.RUNNING:
                 continue
+            token_ids = sampled.get(request.request_id, ())
+            token_ids, status = self._append(request, token_ids)
             request.num_computed_tokens += part.num_scheduled_tokens
-            token_id = sampled.get(request.request_id)
-            if token_id is not None:
-                request.all_token_ids.append(token_id)
+            if num_drafts := len(part.draft_token_ids):
+                # Accepted drafts are tokens now, and computed. The slots of the others are written again.
+                num_accepted = len(token_ids) - 1
+                request.num_computed_tokens -= num_drafts - num_accepted
+                self.total_drafts += 1
+                self.total_draft_tokens += num_drafts
+                self.total_accepted_tokens += num_accepted
+            if request.drafter is not None:
+                request.drafter.observe(token_ids)
             self.kv_cache.cache_computed_blocks(request)
-            if token_id is None:
-                continue
-            if status := self._finished_status(request, token_id):
+            if status is not None:
                 self.finish_request(request.request_id, status)
-            news.append((request, token_id))
+            if token_ids:
+                news.append((request, token_ids))
         return news
+
+    def _append(
+        self, request: Request, token_ids: Sequence[int]
+    ) -> tuple[Sequence[int], RequestStatus | None]:
+        """Append tokens up to one that ends the request; those appended, and the final status."""
+        for i, token_id in enumerate(token_ids):
+            request.all_token_ids.append(token_id)
+            if status := self._finished_status(request, token_id):
+                return token_ids[: i + 1], status
+        return token_ids, None
 
     def _finished_status(self, request: Request, token_id: int) -> RequestStatus | None:
         params = request.params
@@ -164,10 +201,44 @@ class Scheduler:
             return RequestStatus.FINISHED_STOPPED
         if token_id in self.eos_token_ids and not params.ignore_eos:
             return RequestStatus.FINISHED_STOPPED
-        limit = self.max_model_len - request.num_prompt_tokens
-        if params.max_tokens is not None:
-            limit = min(limit, params.max_tokens)
-        return RequestStatus.FINISHED_LENGTH if request.num_output_tokens >= limit else None
+        return RequestStatus.FINISHED_LENGTH if self._num_remaining(request) <= 0 else None
+
+    def _num_remaining(self, request: Request) -> int:
+        """Output tokens that the request may still get."""
+        room, max_tokens = self.max_model_len - request.num_tokens, request.params.max_tokens
+        return room if max_tokens is None else min(room, max_tokens - request.num_output_tokens)
+
+    def _draft(self) -> dict[str, tuple[int, ...]]:
+        """Drafts of the decoding requests, by age, within what the token budget leaves to them."""
+        assert self._draft_policy is not None
+        decoding = [r for r in self.running if r.is_decoding]
+        budget = self.token_budget - len(decoding)
+        if self.waiting or len(decoding) < len(self.running):
+            budget //= 2  # prompts go on at half their pace at least
+        drafts: dict[str, tuple[int, ...]] = {}
+        for request in decoding:
+            if request.drafter is None:
+                request.drafter = Drafter(self._draft_policy, request.all_token_ids)
+            # The last token that a request may get needs no draft: it is sampled behind the others.
+            limit = min(budget, self._num_remaining(request) - 1)
+            if tokens := request.drafter.draft(limit, len(decoding)):
+                drafts[request.request_id] = tokens
+                budget -= len(tokens)
+        return drafts
+
+    def _with_drafts(self, part: ScheduledRequest, drafts: tuple[int, ...]) -> ScheduledRequest:
+        """The decode with as many of its drafts as find room without a preemption, now or later."""
+        request, pool, block_size = part.request, self.kv_cache.pool, self.kv_cache.block_size
+        num_fitting = len(request.block_ids) * block_size - request.num_tokens
+        num_new_blocks = -(-(len(drafts) - num_fitting) // block_size)
+        # A new block is for drafts only while every running request could still get one.
+        if num_new_blocks > 0 and not pool.can_allocate(num_new_blocks + len(self.running)):
+            drafts = drafts[:num_fitting]
+        if not drafts:
+            return part
+        num_tokens = 1 + len(drafts)
+        self.kv_cache.allocate_slots(request, num_tokens)
+        return replace(part, num_scheduled_tokens=num_tokens, draft_token_ids=drafts)
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
         while not self.kv_cache.allocate_slots(request, num_tokens):

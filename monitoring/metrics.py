@@ -60,6 +60,13 @@ METRICS: dict[str, Metric] = {
         Metric("peregrine_cached_tokens_total", "counter", "Prompt tokens served by a prefix hit."),
         Metric("peregrine_output_tokens_total", "counter", "Tokens generated."),
         Metric("peregrine_preemptions_total", "counter", "Sequences that gave up their KV blocks."),
+        Metric(
+            "peregrine_spec_decode_num_drafts_total",
+            "counter",
+            "Verifications of drafts; 1 + accepted / drafts is the mean number of tokens each brought.",
+        ),
+        Metric("peregrine_spec_decode_num_draft_tokens_total", "counter", "Tokens drafted."),
+        Metric("peregrine_spec_decode_num_accepted_tokens_total", "counter", "Drafted tokens accepted."),
         Metric("peregrine_engine_steps_total", "counter", "Steps of the engine."),
         Metric("peregrine_engine_step_seconds", "gauge", "Duration of the latest step."),
         Metric("peregrine_kv_blocks", "gauge", "Blocks of the KV cache, by state.", ("state",)),

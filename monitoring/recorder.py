@@ -49,6 +49,9 @@ class Recorder:
             "peregrine_cached_tokens_total": stats.total_cached_tokens,
             "peregrine_output_tokens_total": stats.total_output_tokens,
             "peregrine_preemptions_total": stats.total_preemptions,
+            "peregrine_spec_decode_num_drafts_total": stats.total_drafts,
+            "peregrine_spec_decode_num_draft_tokens_total": stats.total_draft_tokens,
+            "peregrine_spec_decode_num_accepted_tokens_total": stats.total_accepted_tokens,
             "peregrine_engine_steps_total": stats.total_steps,
         }
         for name, total in totals.items():

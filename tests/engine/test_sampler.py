@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.request import Request
-from engine.sampler import Sampler, position_logprobs
+from engine.sampler import SampledRow, Sampler, position_logprobs
 from engine.sampling_params import SamplingParams
 
 VOCAB = 50
@@ -21,13 +21,13 @@ def request_with(prompt=(1, 2, 3), output=(), request_id="r", **params) -> Reque
 
 def sample_one(logits: torch.Tensor, **params) -> int:
     sampler = Sampler(len(logits), torch.device("cpu"))
-    return sampler.sample(logits.clone().unsqueeze(0), [request_with(**params)])[0].token_id
+    return sampler.sample(logits.clone().unsqueeze(0), [SampledRow(request_with(**params))])[0].token_id
 
 
 def histogram(logits: torch.Tensor, num: int = 4000, **params) -> Counter:
     sampler = Sampler(len(logits), torch.device("cpu"))
     rows = logits.expand(num, -1).clone()
-    requests = [request_with(request_id=f"r{i}", seed=i, **params) for i in range(num)]
+    requests = [SampledRow(request_with(request_id=f"r{i}", seed=i, **params)) for i in range(num)]
     return Counter(token.token_id for token in sampler.sample(rows, requests))
 
 
@@ -86,14 +86,14 @@ def test_top_p_of_almost_nothing_is_greedy(logits):
 
 def test_a_seed_reproduces_whatever_runs_beside_it(logits):
     sampler = Sampler(VOCAB, torch.device("cpu"))
-    alone = sampler.sample(logits.clone().unsqueeze(0), [request_with(seed=7)])[0].token_id
+    alone = sampler.sample(logits.clone().unsqueeze(0), [SampledRow(request_with(seed=7))])[0].token_id
     others = [
         request_with(request_id="a", seed=1, top_k=3),
         request_with(request_id="b", temperature=0.0),
         request_with(request_id="r", seed=7),
         request_with(request_id="c", seed=7, presence_penalty=2.0, output=(int(logits.argmax()),)),
     ]
-    together = sampler.sample(logits.expand(4, -1).clone(), others)
+    together = sampler.sample(logits.expand(4, -1).clone(), [SampledRow(r) for r in others])
     assert together[2].token_id == alone
 
 
@@ -121,7 +121,7 @@ def test_counts_follow_the_output():
     logits = torch.tensor([2.5, 2.0, 1.2, 0.0])
     chosen = []
     for _ in range(5):
-        token_id = sampler.sample(logits.clone().unsqueeze(0), [request])[0].token_id
+        token_id = sampler.sample(logits.clone().unsqueeze(0), [SampledRow(request)])[0].token_id
         request.all_token_ids.append(token_id)
         chosen.append(token_id)
     assert chosen == [0, 1, 0, 2, 1]
@@ -130,7 +130,7 @@ def test_counts_follow_the_output():
 def test_logprobs_are_the_models_own(logits):
     sampler = Sampler(VOCAB, torch.device("cpu"))
     request = request_with(temperature=0.0, logprobs=3, logit_bias={4: 100.0})
-    token = sampler.sample(logits.clone().unsqueeze(0), [request])[0]
+    token = sampler.sample(logits.clone().unsqueeze(0), [SampledRow(request)])[0]
     expected = logits.log_softmax(0)
     assert token.token_id == 4
     own, *top = token.logprobs

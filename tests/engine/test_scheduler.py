@@ -48,7 +48,7 @@ def plan(output: SchedulerOutput) -> dict[str, int]:
 def step(scheduler: Scheduler, token_id: int = 7) -> dict[str, int]:
     """Schedule and pretend that every sampled token is `token_id`."""
     output = scheduler.schedule()
-    scheduler.update(output, {p.request.request_id: token_id for p in output.scheduled if p.is_sampled})
+    scheduler.update(output, {p.request.request_id: [token_id] for p in output.scheduled if p.is_sampled})
     return plan(output)
 
 
@@ -115,7 +115,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert (b.num_computed_tokens, b.block_ids) == (0, [])
     assert [r.request_id for r in scheduler.waiting] == ["b", "c"]
     assert scheduler.total_preemptions == 1
-    scheduler.update(output, {"a": EOS})
+    scheduler.update(output, {"a": [EOS]})
     assert step(scheduler) == {"b": 8}  # all nine known tokens are computed again, eight now
     assert step(scheduler) == {"b": 1, "c": 1}
     assert b.num_output_tokens == 6
@@ -194,7 +194,7 @@ def test_a_request_aborted_while_its_step_runs_is_left_alone():
     request = add(scheduler, "a", 3)
     output = scheduler.schedule()
     scheduler.finish_request("a", RequestStatus.FINISHED_ABORTED)
-    assert scheduler.update(output, {"a": 7}) == []
+    assert scheduler.update(output, {"a": [7]}) == []
     assert request.num_tokens == 3
     assert scheduler.kv_cache.pool.num_free_blocks == 16
 
