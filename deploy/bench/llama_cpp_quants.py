@@ -69,10 +69,16 @@ def importance_matrix(layers: DecoderLayers, tokens: Tensor) -> dict[str, np.nda
 
 
 def quantize(
-    source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray], threads: int
+    source: Path,
+    target: Path,
+    kind: str,
+    table: str | None,
+    importance: Mapping[str, np.ndarray],
+    threads: int,
 ) -> None:
     """Quantize the float GGUF `source` as llama.cpp's type `kind`, e.g. Q3_K_M.
 
+    table: type of embedding and head, e.g. IQ4_NL; None leaves it to llama.cpp.
     Raises RuntimeError when llama.cpp refuses.
     """
     from llama_cpp import llama_cpp as lib
@@ -80,6 +86,8 @@ def quantize(
     params = lib.llama_model_quantize_default_params()
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
     params.nthread = threads
+    if table is not None:
+        params.token_embedding_type = params.output_tensor_type = gguf.GGMLQuantizationType[table].value
     entries = (lib.llama_model_imatrix_data * (len(importance) + 1))()
     kept = []  # the library reads these while it runs
     for entry, (name, values) in zip(entries, importance.items(), strict=False):

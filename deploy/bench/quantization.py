@@ -21,8 +21,14 @@ from engine.quality import text
 from engine.quality.divergence import Divergence, compare, head_table, hidden_states
 from engine.quantization.allocation import Allocation, allocate, total_bytes
 from engine.quantization.candidates import candidate_formats
+from engine.quantization.choice import Choice, choose
 from engine.quantization.quantizers import gptq, plain_scales, round_to_nearest
-from engine.quantization.sensitivity import SensitivityAnalysis, TensorSensitivity, weighted_moment
+from engine.quantization.sensitivity import (
+    Sensitivities,
+    SensitivityAnalysis,
+    TensorSensitivity,
+    weighted_moment,
+)
 from engine.quantization.trial import Trial
 from engine.quantization.workspace import Workspace
 from kernels.formats import Format
@@ -31,7 +37,16 @@ from kernels.reference import rms_norm
 BUDGETS = (4.25, 3.5, 3.0)
 # Uniform integer formats of about these sizes: 16-bit scale and offset a group.
 UNIFORM = {4.25: "w4g128-f16", 3.5: "w3g64-f16", 3.0: "w2g32-f16"}
-LLAMA_CPP_TYPES = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S")
+# llama.cpp's types, and the type of embedding and head (None: as llama.cpp chooses). Rows of 576 or 640
+# columns are no multiple of its super-blocks' 256, so that it falls back to wider types and 8-bit tables; a
+# 4-bit table takes it as near to the budgets as it goes.
+LLAMA_CPP_TYPES = (
+    ("Q4_K_M", None),
+    ("IQ4_XS", None),
+    ("Q2_K", None),
+    ("IQ4_XS", "IQ4_NL"),
+    ("Q2_K", "IQ4_NL"),
+)
 _WINDOW, _CALIBRATION, _HELD_OUT, _MICRO_BATCH = 512, 24, 16, 4
 Quantize = Callable[[Tensor, Tensor], Tensor]
 """Dequantized weights from weights [N, K] and second moments of the input [K, K]."""
@@ -56,9 +71,7 @@ class Bench:
         widths = tuple(widths)
         workspace = Workspace(work / "analysis", {"model": self.name, "widths": list(widths)})
         self.analysis = SensitivityAnalysis(self.layers, self.tokens, candidate_formats(widths), workspace)
-        self.unrotated = SensitivityAnalysis(
-            self.layers, self.tokens, self.analysis.formats, workspace, may_rotate=False
-        )
+        self.found = Sensitivities([], {})
         self.tensors: list[TensorSensitivity] = []
         self.vector_bytes = self._vector_bytes()
         self.num_weights = 0
@@ -66,34 +79,23 @@ class Bench:
     def analyse(self) -> None:
         with tqdm(total=self.analysis.num_steps(), desc="sensitivity", unit="step") as bar:
             self.analysis.progress = lambda: _advance(bar)
-            self.tensors = self.analysis.run()
+            self.found = self.analysis.run()
+        self.tensors = self.found.plain
         self.num_weights = sum(t.n * t.k for t in self.tensors)
 
-    def peregrine(self, bits: float) -> dict[str, Any]:
-        """The allocation under `bits`, quantized the way `peregrine quantize` does."""
-        allocation = allocate(self.tensors, self._matrix_bytes(bits))
-        return self.carried_out("peregrine", f"peregrine-{bits}", allocation)
-
-    def without_rotation(self, bits: float) -> dict[str, Any]:
-        """What Peregrine would reach if it never rotated values."""
-        allocation = allocate(self.unrotated.run(), self._matrix_bytes(bits))
-        return self.carried_out("peregrine-unrotated", f"unrotated-{bits}", allocation, self.unrotated)
-
-    def _matrix_bytes(self, bits: float) -> int:
+    def peregrine(self, bits: float, may_rotate: bool = True) -> dict[str, Any]:
+        """The choice under `bits`, quantized the way `peregrine quantize` does."""
+        method = "peregrine" if may_rotate else "peregrine-unrotated"
         total = self.num_weights + self.vector_bytes // 4
-        return int(bits * total / 8) - self.vector_bytes
+        max_bytes = int(bits * total / 8) - self.vector_bytes
+        choice = choose(self.found, lambda tensors: allocate(tensors, max_bytes), may_rotate)
+        return self.carried_out(method, f"{method}-{bits}", choice)
 
-    def carried_out(
-        self,
-        method: str,
-        directory: str,
-        allocation: Allocation,
-        analysis: SensitivityAnalysis | None = None,
-    ) -> dict[str, Any]:
-        trial = Trial(directory, analysis or self.analysis, allocation, self.held_out)
+    def carried_out(self, method: str, directory: str, choice: Choice) -> dict[str, Any]:
+        trial = Trial(directory, self.analysis, choice, self.held_out)
         with tqdm(total=self.layers.config.num_layers + 1, desc=directory, unit="layer") as bar:
             trial.run(lambda: _advance(bar))
-        nbytes = total_bytes(self.tensors, allocation)
+        nbytes = total_bytes(self.tensors, choice.formats)
         return self._row(
             method, nbytes, trial.quality["kl"], trial.quality["perplexity"], trial.quality["top1"]
         )
@@ -130,17 +132,18 @@ class Bench:
         nbytes = sum(f.nbytes(t.n, t.k) for t in self.tensors)
         return self._measured(f"{method}-{name}", nbytes, d)
 
-    def llama_cpp(self, kind: str, importance: Any, threads: int) -> dict[str, Any]:
+    def llama_cpp(self, kind: str, table: str | None, importance: Any, threads: int) -> dict[str, Any]:
         source, target = self.work / "float32.gguf", self.work / f"{kind}.gguf"
         if not source.exists():
             llama_cpp_quants.export_float(self.path, source)
-        llama_cpp_quants.quantize(source, target, kind, importance, threads)
+        llama_cpp_quants.quantize(source, target, kind, table, importance, threads)
         nbytes, _ = llama_cpp_quants.tensor_bits(target)
         checkpoint = open_checkpoint(target)
         states = hidden_states(checkpoint, self.held_out)
         d = compare(states, head_table(checkpoint), self.reference, self.table, self.held_out)
         target.unlink()
-        return self._measured(f"llama.cpp-{kind}", nbytes - self.vector_bytes, d)
+        name = f"llama.cpp-{kind}" + (f"-table-{table}" if table else "")
+        return self._measured(name, nbytes - self.vector_bytes, d)
 
     def _vector_bytes(self) -> int:
         names = [n for i in range(self.layers.config.num_layers) for n in vector_names(self.checkpoint, i)]
@@ -232,25 +235,25 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
         for name in ("w4g64", "w3g64", "w2g64", "w2g32"):
             if any(c.format == name for c in bench.tensors[0].candidates):
                 allocation = {t.name: name for t in bench.tensors}
-                yield bench.carried_out(f"peregrine-uniform-{name}", f"uniform-{name}", allocation)
+                yield bench.carried_out(f"peregrine-uniform-{name}", f"uniform-{name}", Choice(allocation))
     if "depth" in methods:
         allocation = article_allocation(bench.tensors, layers)
-        row = bench.carried_out("early-8-deep-ffn-3", "article", allocation)
+        row = bench.carried_out("early-8-deep-ffn-3", "article", Choice(allocation))
         yield row
         yield {**bench.peregrine(row["bits"]), "method": "peregrine"}
         for bits in BUDGETS:
             allocation = ends_high_allocation(bench.tensors, layers, bits)
-            yield bench.carried_out(f"ends-high-{bits}", f"ends-{bits}", allocation)
+            yield bench.carried_out(f"ends-high-{bits}", f"ends-{bits}", Choice(allocation))
     if "peregrine" in methods:
         for bits in BUDGETS:
             yield bench.peregrine(bits)
     if "unrotated" in methods:
         for bits in BUDGETS:
-            yield bench.without_rotation(bits)
+            yield bench.peregrine(bits, may_rotate=False)
     if "llama.cpp" in methods:
         importance = llama_cpp_quants.importance_matrix(bench.layers, bench.tokens)
-        for kind in LLAMA_CPP_TYPES:
-            row = bench.llama_cpp(kind, importance, threads)
+        for kind, table in LLAMA_CPP_TYPES:
+            row = bench.llama_cpp(kind, table, importance, threads)
             yield row
             yield bench.peregrine(row["bits"])
 

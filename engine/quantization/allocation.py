@@ -51,15 +51,16 @@ def allocate_for_kl(tensors: Sequence[TensorSensitivity], max_kl: float) -> Allo
 
 
 def total_bytes(tensors: Sequence[TensorSensitivity], allocation: Mapping[str, str]) -> int:
-    return sum(_choice(t, allocation).nbytes for t in tensors)
+    return sum(candidate(t, allocation).nbytes for t in tensors)
 
 
 def total_kl(tensors: Sequence[TensorSensitivity], allocation: Mapping[str, str]) -> float:
     """The sum that `allocate` minimises."""
-    return sum(_choice(t, allocation).kl for t in tensors)
+    return sum(candidate(t, allocation).kl for t in tensors)
 
 
-def _choice(tensor: TensorSensitivity, allocation: Mapping[str, str]) -> Candidate:
+def candidate(tensor: TensorSensitivity, allocation: Mapping[str, str]) -> Candidate:
+    """The one that the allocation gives the tensor."""
     return next(c for c in tensor.candidates if c.format == allocation[tensor.name])
 
 

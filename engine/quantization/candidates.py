@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.quantization.quantizers import choose_scales, gptq
 from kernels.formats import Format, IntegerWeight
 
-DEFAULT_BITS = (2, 3, 4, 8)
+DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 _NAMES = {
     2: ("w2g64", "w2g32"),
     3: ("w3g128", "w3g64"),

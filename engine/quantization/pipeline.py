@@ -23,7 +23,8 @@ from engine.models.layerwise import DecoderLayers, linear_name, vector_names
 from engine.quality import text
 from engine.quantization.allocation import Allocation, total_bytes, total_kl
 from engine.quantization.candidates import ALLOWED_BITS, DEFAULT_BITS, candidate_formats
-from engine.quantization.rotation import Rotation, rotate_heads
+from engine.quantization.choice import Rotation, rotations
+from engine.quantization.rotation import rotate_heads
 from engine.quantization.search import MAX_TRIALS, Budget, Search
 from engine.quantization.sensitivity import SensitivityAnalysis, TensorSensitivity
 from engine.quantization.trial import Quality, Trial
@@ -98,38 +99,39 @@ def quantize(
     workspace = Workspace(out / WORK_DIRECTORY, _plan(model, options, windows))
     analysis = SensitivityAnalysis(layers, tokens, candidate_formats(options.widths), workspace)
     analysis.progress = lambda: progress("sensitivity", analysis.num_steps())
-    tensors = analysis.run()
+    found = analysis.run()
 
     vectors = sum(4 * layers.tensor(name).numel() for name in _vector_names(layers))
-    num_tensors = len(tensors) + sum(1 for _ in _vector_names(layers))
-    num_parameters = sum(t.n * t.k for t in tensors) + vectors // 4
+    num_tensors = len(found.plain) + sum(1 for _ in _vector_names(layers))
+    num_parameters = sum(t.n * t.k for t in found.plain) + vectors // 4
     search = Search(
-        options.budget, tensors, num_parameters, vectors, header_bytes(num_tensors), options.num_trials
+        options.budget, found, num_parameters, vectors, header_bytes(num_tensors), options.num_trials
     )
     trials: list[Trial] = []
-    while (allocation := search.next([(t.allocation, t.quality) for t in trials])) is not None:
-        trial = Trial(f"trial-{len(trials)}", analysis, allocation, validation)
+    while (choice := search.next([(t.choice, t.quality) for t in trials])) is not None:
+        trial = Trial(f"trial-{len(trials)}", analysis, choice, validation)
         trial.run(lambda: progress("quantization", layers.config.num_layers + 1))
         trials.append(trial)
     best = trials[search.best([t.quality for t in trials])]
 
-    tensor_bytes = total_bytes(tensors, best.allocation) + vectors
+    tensors, formats = found.tensors(best.choice.rotated_layers), best.choice.formats
+    tensor_bytes = total_bytes(tensors, formats) + vectors
     result = Result(
-        file_bytes=write_tensors(out, _groups(analysis, best), tensor_bytes),
+        file_bytes=write_tensors(out, _groups(layers, best), tensor_bytes),
         tensor_bytes=tensor_bytes,
         num_parameters=num_parameters,
         bits=tensor_bytes * 8 / num_parameters,
-        estimated_kl=total_kl(tensors, best.allocation),
+        estimated_kl=total_kl(tensors, formats),
         quality=best.quality,
-        allocation=best.allocation,
+        allocation=formats,
         tensors=tensors,
-        rotations=analysis.rotations,
+        rotations=rotations(found, best.choice),
         trials=[t.quality for t in trials],
     )
     tokenizer.save_pretrained(str(out))
     # Without times, so that a repeated run writes the same bytes.
     write_json(out / "report.json", {"options": asdict(options), **asdict(result)})
-    _write_config(checkpoint, model, out, best.allocation)
+    _write_config(checkpoint, model, out, formats)
     workspace.close()
     return result
 
@@ -162,14 +164,13 @@ def _vector_names(layers: DecoderLayers) -> Iterator[str]:
         yield from vector_names(layers.checkpoint, layer)
 
 
-def _groups(analysis: SensitivityAnalysis, trial: Trial) -> Iterator[Mapping[str, Tensor]]:
+def _groups(layers: DecoderLayers, trial: Trial) -> Iterator[Mapping[str, Tensor]]:
     """Tensors of the files: tables, then layer by layer."""
-    layers = analysis.layers
     yield {**trial.table_tensors(), "model.norm.weight": _stored_vector(layers, "model.norm.weight")}
     for layer in range(layers.config.num_layers):
         vectors = {n: _stored_vector(layers, n) for n in vector_names(layers.checkpoint, layer)}
         bias = linear_name(layer, "v_proj").removesuffix("weight") + "bias"
-        if bias in vectors and analysis.is_rotated(layer):
+        if bias in vectors and layer in trial.choice.rotated_layers:
             vectors[bias] = rotate_heads(vectors[bias], layers.config.head_dim)
         yield {**trial.layer_tensors(layer), **vectors}
 

@@ -15,7 +15,7 @@ from kernels.formats import Format, IntegerWeight
 
 _SHRINKS = torch.cat([torch.linspace(0.4, 1.0, 25), torch.tensor([1.05])])
 _DAMPING = 0.01
-_BLOCK = 64
+_BLOCK = 32
 _ROWS = 4096  # searched at a time: temporaries stay small
 
 

@@ -3,30 +3,13 @@
 Attention mixes the values of a head over tokens, never over channels. So an orthonormal H in front of the mix
 (the rows of v_proj) and its transpose behind it (the columns of o_proj) cancel out, whatever norms, rotary
 embeddings or tied tables the model has, and no kernel changes. The rotation spreads outliers over a head's
-channels (QuaRot, Ashkboos et al. 2024); whether that helps is measured, layer by layer.
+channels (QuaRot, Ashkboos et al. 2024); whether that helps is measured, layer by layer (`choice`).
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.models.layerwise import LayerWeights
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """A layer's choice. plain_kl, rotated_kl: estimated KL per token (nats) of v_proj and o_proj together,
-    both in `format`; rotated_kl is None where a head's width is no power of two."""
-
-    layer: int
-    format: str
-    plain_kl: float
-    rotated_kl: float | None
-
-    @property
-    def is_better(self) -> bool:
-        return self.rotated_kl is not None and self.rotated_kl < self.plain_kl
 
 
 def can_rotate(head_dim: int) -> bool:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from engine.errors import ParameterError
 from engine.quantization.allocation import Allocation, allocate, allocate_for_kl, total_kl
-from engine.quantization.sensitivity import TensorSensitivity
+from engine.quantization.choice import Choice, choose
+from engine.quantization.sensitivity import Sensitivities, TensorSensitivity
 from engine.quantization.trial import Quality
 
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -37,31 +39,32 @@ class Search:
     def __init__(
         self,
         budget: Budget,
-        tensors: Sequence[TensorSensitivity],
+        found: Sensitivities,
         num_parameters: int,
         vector_bytes: int,
         header_bytes: int,
         num_trials: int,
     ) -> None:
-        self.budget, self.tensors, self.num_trials = budget, tensors, num_trials
+        self.budget, self.found, self.num_trials = budget, found, num_trials
         self.max_bytes: int | None = None
         if budget.bits is not None:
             self.max_bytes = int(budget.bits * num_parameters / 8) - vector_bytes
         elif budget.memory_bytes is not None:
             self.max_bytes = budget.memory_bytes - vector_bytes - header_bytes
 
-    def next(self, done: Sequence[tuple[Allocation, Quality]]) -> Allocation | None:
-        """The next allocation, None when enough was tried.
+    def next(self, done: Sequence[tuple[Choice, Quality]]) -> Choice | None:
+        """The next choice, None when enough was tried.
 
         Raises ParameterError when the budget cannot be met at all.
         """
-        if self.max_bytes is None:
+        max_bytes = self.max_bytes
+        if max_bytes is None:
             return self._next_for_kl(done)
-        tried = [allocation for allocation, _ in done]
+        tried = [choice for choice, _ in done]
         for factor in _TABLE_FACTORS[len(done) : self.num_trials]:
-            allocation = allocate(self._weighted(factor), self.max_bytes)
-            if allocation not in tried:
-                return allocation
+            choice = choose(self.found, partial(_allocate_weighted, factor=factor, max_bytes=max_bytes))
+            if choice not in tried:
+                return choice
         return None
 
     def best(self, qualities: Sequence[Quality]) -> int:
@@ -73,22 +76,26 @@ class Search:
             raise ParameterError("max-kl", f"{self.budget.max_kl} was not reached; best: {reached:.4g}")
         return len(qualities) - 1
 
-    def _next_for_kl(self, done: Sequence[tuple[Allocation, Quality]]) -> Allocation | None:
+    def _next_for_kl(self, done: Sequence[tuple[Choice, Quality]]) -> Choice | None:
         limit = self.budget.max_kl
         assert limit is not None
         target = limit
         if done:
-            allocation, quality = done[-1]
+            choice, quality = done[-1]
             if quality["kl"] <= limit or len(done) == _MAX_KL_TRIALS:
                 return None
             # The estimate is off by this much; a little more, so that the next one holds.
-            target = 0.98 * limit * total_kl(self.tensors, allocation) / quality["kl"]
-        return allocate_for_kl(self.tensors, target)
+            estimate = total_kl(self.found.tensors(choice.rotated_layers), choice.formats)
+            target = 0.98 * limit * estimate / quality["kl"]
+        return choose(self.found, lambda tensors: allocate_for_kl(tensors, target))
 
-    def _weighted(self, factor: float) -> list[TensorSensitivity]:
-        return [
-            replace(t, candidates=tuple(replace(c, kl=c.kl * factor) for c in t.candidates))
-            if t.name in _TABLES
-            else t
-            for t in self.tensors
-        ]
+
+def _allocate_weighted(tensors: Sequence[TensorSensitivity], factor: float, max_bytes: int) -> Allocation:
+    """With the estimates of embedding and head multiplied by `factor`."""
+    weighted = [
+        replace(t, candidates=tuple(replace(c, kl=c.kl * factor) for c in t.candidates))
+        if t.name in _TABLES
+        else t
+        for t in tensors
+    ]
+    return allocate(weighted, max_bytes)

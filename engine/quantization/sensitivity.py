@@ -12,7 +12,7 @@ are streamed: the forward pass keeps only the residual stream, the backward pass
 time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from engine.models.layerwise import LINEARS, SHARED_INPUTS, DecoderLayers, LayerWeights, linear_name
 from engine.quantization.candidates import quantize_all
-from engine.quantization.rotation import Rotation, can_rotate, rotate_heads, rotate_values
+from engine.quantization.rotation import can_rotate, rotate_heads, rotate_values
 from engine.quantization.workspace import HiddenStates, Workspace
 from kernels.formats import Format, IntegerWeight
 from kernels.reference import rms_norm
@@ -53,6 +53,20 @@ class TensorSensitivity:
     candidates: tuple[Candidate, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """plain: in model order, layers from first to last, then embedding and head. rotated: by layer, v_proj
+    and o_proj with the layer's values rotated; no entry where they cannot be."""
+
+    plain: list[TensorSensitivity]
+    rotated: dict[int, list[TensorSensitivity]]
+
+    def tensors(self, rotated_layers: Collection[int]) -> list[TensorSensitivity]:
+        """In model order, with these layers rotated."""
+        chosen = {t.name: t for layer in rotated_layers for t in self.rotated[layer]}
+        return [chosen.get(t.name, t) for t in self.plain]
+
+
 class SensitivityAnalysis:
     """Runs over a workspace; every layer's result is a file, so that it can be interrupted."""
 
@@ -63,11 +77,8 @@ class SensitivityAnalysis:
         formats: Sequence[Format],
         workspace: Workspace,
         progress: Progress = lambda: None,
-        may_rotate: bool = True,
     ) -> None:
         self.layers, self.tokens, self.formats = layers, tokens, list(formats)
-        self.may_rotate = may_rotate
-        self.rotations: list[Rotation] = []  # of every layer, known after `run`
         self.workspace, self.progress = workspace, progress
         self.num_layers = layers.config.num_layers
         shape = (*tokens.shape, layers.config.hidden_size)
@@ -76,41 +87,18 @@ class SensitivityAnalysis:
     def num_steps(self) -> int:
         return 2 * self.num_layers + 2
 
-    def run(self) -> list[TensorSensitivity]:
-        """Sensitivities in model order: layers from first to last, then embedding and head."""
+    def run(self) -> Sensitivities:
         self._forward()
         self._head()
         for layer in reversed(range(self.num_layers)):
             self._backward(layer)
         self._tables()
-        self.rotations = []
-        tensors = []
-        for layer in range(self.num_layers):
-            tried = self.workspace.load_json(f"sensitivity-{layer}.json")
-            plain, rotated = ([_from_json(item) for item in tried[key]] for key in ("plain", "rotated"))
-            self.rotations.append(self._rotation(layer, plain, rotated))
-            chosen = {t.name: t for t in rotated} if self.is_rotated(layer) else {}
-            tensors += [chosen.get(t.name, t) for t in plain]
-        return tensors + [_from_json(item) for item in self.workspace.load_json("sensitivity-tables.json")]
-
-    def is_rotated(self, layer: int) -> bool:
-        """Whether the layer's values are to be rotated, see `engine.quantization.rotation`."""
-        return self.may_rotate and self.rotations[layer].is_better
-
-    def load(self, layer: int) -> LayerWeights:
-        """The layer's weights as they are to be quantized: rotated where that was better."""
-        weights = self.layers.load(layer)
-        return rotate_values(weights, self.layers.config.head_dim) if self.is_rotated(layer) else weights
-
-    def _rotation(
-        self, layer: int, plain: Sequence[TensorSensitivity], rotated: Sequence[TensorSensitivity]
-    ) -> Rotation:
-        """Held against each other in the format in the middle."""
-        middle = len(self.formats) // 2
-        names = {linear_name(layer, name) for name in ("v_proj", "o_proj")}
-        plain_kl = sum(t.candidates[middle].kl for t in plain if t.name in names)
-        rotated_kl = sum(t.candidates[middle].kl for t in rotated) if rotated else None
-        return Rotation(layer, str(self.formats[middle]), plain_kl, rotated_kl)
+        tried = [self.workspace.load_json(f"sensitivity-{layer}.json") for layer in range(self.num_layers)]
+        tables = self.workspace.load_json("sensitivity-tables.json")
+        return Sensitivities(
+            [_from_json(item) for layer in tried for item in layer["plain"]] + [*map(_from_json, tables)],
+            {i: [*map(_from_json, layer["rotated"])] for i, layer in enumerate(tried) if layer["rotated"]},
+        )
 
     @torch.inference_mode()
     def _forward(self) -> None:
@@ -243,8 +231,9 @@ class SensitivityAnalysis:
         """KL per token for errors [F, N, K]."""
         total = torch.zeros(len(errors), dtype=torch.float64)
         for x_s, g_s in zip(x, g, strict=True):
-            moved = torch.einsum("nk,fnk->fn", g_s.T @ x_s, errors)
-            total += moved.double().square().sum(-1)
+            gradient = g_s.T @ x_s
+            for i, error in enumerate(errors):  # one by one: a product of two matrices stays in the cache
+                total[i] += (gradient * error).sum(-1).double().square().sum()
         return total / (2 * self.tokens.numel())
 
     def _result(self, name: str, w: Tensor, kl: Tensor) -> TensorSensitivity:

@@ -1,4 +1,4 @@
-"""One allocation carried out: every tensor quantized, the true KL divergence measured on validation text."""
+"""One choice carried out: every tensor quantized, the true KL divergence measured on validation text."""
 
 from collections.abc import Callable
 from typing import TypedDict
@@ -10,8 +10,9 @@ import kernels
 from engine.checkpoint.packed_tensors import packed_name
 from engine.models.layerwise import LINEARS, DecoderLayers, LayerWeights, linear_name
 from engine.quality.divergence import compare
-from engine.quantization.allocation import Allocation
+from engine.quantization.choice import Choice
 from engine.quantization.passes import quantize_layer
+from engine.quantization.rotation import rotate_values
 from engine.quantization.sensitivity import SensitivityAnalysis
 
 _MICRO_BATCH = 4
@@ -29,10 +30,8 @@ class Quality(TypedDict):
 class Trial:
     """Quantizes into the workspace under `<name>/`, one file a layer."""
 
-    def __init__(
-        self, name: str, analysis: SensitivityAnalysis, allocation: Allocation, validation: Tensor
-    ) -> None:
-        self.allocation = allocation
+    def __init__(self, name: str, analysis: SensitivityAnalysis, choice: Choice, validation: Tensor) -> None:
+        self.choice = choice
         self.quality: Quality
         self._prefix = name
         self._analysis, self._layers, self._workspace = analysis, analysis.layers, analysis.workspace
@@ -40,7 +39,7 @@ class Trial:
 
     @torch.inference_mode()
     def run(self, progress: Callable[[], None]) -> None:
-        """Continues where an interrupted run of the same allocation stopped."""
+        """Continues where an interrupted run of the same choice stopped."""
         if self._workspace.has(f"{self._prefix}/quality.json"):
             for _ in range(self._layers.config.num_layers + 1):
                 progress()
@@ -64,7 +63,7 @@ class Trial:
     def _tables(self) -> None:
         if self._workspace.has(f"{self._prefix}/tables.safetensors"):
             return
-        quantized = self._analysis.quantize_tables(self.allocation)
+        quantized = self._analysis.quantize_tables(self.choice.formats)
         packed = {packed_name(name): kernels.pack(w).data for name, w in quantized.items()}
         embedding = quantized["model.embed_tokens.weight"].dequantize()
         self._save_streams(0, *(self._layers.embed(t, embedding) for t in self._texts()))
@@ -75,9 +74,13 @@ class Trial:
         if self._workspace.has(name):
             return
         streams = self._workspace.load_tensors(f"{self._prefix}/stream-{layer}.safetensors")
-        weights = self._analysis.load(layer)
+        weights = self._layers.load(layer)
+        if layer in self.choice.rotated_layers:
+            weights = rotate_values(weights, self._layers.config.head_dim)
         importance = self._workspace.load_tensors(f"importance-{layer}.safetensors")
-        quantized, x = quantize_layer(self._layers, layer, weights, streams["x"], importance, self.allocation)
+        quantized, x = quantize_layer(
+            self._layers, layer, weights, streams["x"], importance, self.choice.formats
+        )
         dense = {linear: quantized[linear_name(layer, linear)].dequantize() for linear in LINEARS}
         validated = _run(self._layers, layer, LayerWeights(dense, weights.vectors), streams["validation"])
         self._save_streams(layer + 1, x, validated)
@@ -90,7 +93,7 @@ class Trial:
         streams = self._workspace.load_tensors(f"{self._prefix}/stream-{num_layers}.safetensors")
         table = self._analysis.head_table()
         name = self._analysis.table_names()[-1]
-        f = kernels.Format.parse(self.allocation[name])
+        f = kernels.Format.parse(self.choice.formats[name])
         data = self.table_tensors()[packed_name(name)]
         head = kernels.dequantize(kernels.PackedWeight(f, table.shape[0], table.shape[1], data))
         reference = self._reference()
