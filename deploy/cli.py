@@ -190,14 +190,14 @@ def quantize(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Default model's name, a path, or a Hub id.")],
+    models: Annotated[list[str], typer.Argument(help="Each the default model's name, a path, or a Hub id.")],
     reference: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text; Python's own by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     suite: Annotated[list[str] | None, typer.Option(help="May be repeated; all by default.")] = None,
     size: Annotated[int | None, typer.Option(min=2, help="Windows, questions or problems a suite.")] = None,
 ) -> None:
-    """Quality of a model beside its reference: divergence, reasoning, bias, code."""
+    """Quality of models beside their reference: divergence, reasoning, bias, code."""
     from deploy import evaluate as command
     from deploy.bench import report
     from deploy.models import ModelNotFoundError, resolve_model
@@ -209,7 +209,7 @@ def evaluate(
         raise fail(f"--suite: unknown {unknown[0]!r} (known: {', '.join(SUITES)})")
     try:
         against = resolve_model(reference) if reference else None
-        rows = command.run(resolve_model(model), against, chosen, text, size)
+        rows = command.run([resolve_model(m) for m in models], against, chosen, text, size)
     except (EngineError, ModelNotFoundError) as error:
         raise fail(str(error)) from None
     report.publish(rows, "Quality", json_path)
@@ -273,7 +273,7 @@ def bench_quantization(
     model: Annotated[str, typer.Argument(help="Default model's name or a GGUF file.")],
     json_path: JsonPath = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
-    widths: Annotated[str, typer.Option(help="Widths that Peregrine's allocation may use.")] = "2,3,4,8",
+    widths: Annotated[str, typer.Option(help="Widths that Peregrine's allocation may use.")] = "2,3,4,5,6,8",
     text: Annotated[Path | None, typer.Option(help="Held-out text; Python's own by default.")] = None,
     work: Annotated[Path | None, typer.Option(help="Keeps the analysis between runs.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,

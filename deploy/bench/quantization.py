@@ -222,7 +222,7 @@ def run(
         return rows
 
 
-METHODS = ("rtn", "gptq", "hqq", "uniform", "depth", "peregrine", "unrotated", "llama.cpp")
+METHODS = ("rtn", "gptq", "hqq", "uniform", "depth", "ends", "peregrine", "unrotated", "llama.cpp")
 
 
 def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
@@ -240,7 +240,8 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
         allocation = article_allocation(bench.tensors, layers)
         row = bench.carried_out("early-8-deep-ffn-3", "article", Choice(allocation))
         yield row
-        yield {**bench.peregrine(row["bits"]), "method": "peregrine"}
+        yield bench.peregrine(row["bits"])
+    if "ends" in methods:
         for bits in BUDGETS:
             allocation = ends_high_allocation(bench.tensors, layers, bits)
             yield bench.carried_out(f"ends-high-{bits}", f"ends-{bits}", Choice(allocation))
@@ -248,8 +249,7 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
         for bits in BUDGETS:
             yield bench.peregrine(bits)
     if "unrotated" in methods:
-        for bits in BUDGETS:
-            yield bench.peregrine(bits, may_rotate=False)
+        yield bench.peregrine(min(BUDGETS), may_rotate=False)
     if "llama.cpp" in methods:
         importance = llama_cpp_quants.importance_matrix(bench.layers, bench.tokens)
         for kind, table in LLAMA_CPP_TYPES:

@@ -5,7 +5,7 @@ on a single layer and on [B, T, hidden] activations, unlike the engine's (paged 
 loaded).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,25 @@ def vector_names(checkpoint: Checkpoint, layer: int) -> list[str]:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
     biases = [f"{prefix}.{_MODULE[name]}.{name}.bias" for name in LINEARS]
     return [f"{prefix}.{name}.weight" for name in norms] + [b for b in biases if checkpoint.has(b)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Continuations that share a prompt, in one sequence. positions: int64 [T]; visible: bool [T, T], which
+    tokens (columns) a token (row) may attend to."""
+
+    positions: Tensor
+    visible: Tensor
+
+    @classmethod
+    def of(cls, prompt_length: int, lengths: Sequence[int]) -> "Tree":
+        """A prompt and then continuations of these lengths, each of which sees the prompt and itself."""
+        branch = torch.cat(
+            [torch.zeros(prompt_length), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))]
+        )
+        within = [torch.arange(n) + prompt_length for n in lengths]
+        visible = (branch == branch[:, None]) | (branch == 0)
+        return cls(torch.cat([torch.arange(prompt_length), *within]), visible.tril())
 
 
 @dataclass(slots=True)
@@ -91,8 +110,18 @@ class DecoderLayers:
         assert isinstance(tensor, Tensor)
         return tensor
 
-    def forward(self, layer: int, w: LayerWeights, x: Tensor, linear: Linear | None = None) -> Tensor:
-        """Residual stream [B, T, hidden] after the layer; `linear(name, x)` stands in for x W^T."""
+    def forward(
+        self,
+        layer: int,
+        w: LayerWeights,
+        x: Tensor,
+        linear: Linear | None = None,
+        tree: Tree | None = None,
+    ) -> Tensor:
+        """Residual stream [B, T, hidden] after the layer; `linear(name, x)` stands in for x W^T.
+
+        Plain causal sequences, or with `tree` a prompt and its continuations.
+        """
         config, vectors = self.config, w.vectors
 
         def apply(name: str, value: Tensor) -> Tensor:
@@ -103,7 +132,7 @@ class DecoderLayers:
         def norm(name: str, value: Tensor) -> Tensor:
             return rms_norm(value, vectors[name], config.rms_norm_eps)
 
-        attended = apply("o_proj", self._attention(layer, norm("input_layernorm", x), apply, norm))
+        attended = apply("o_proj", self._attention(layer, norm("input_layernorm", x), apply, norm, tree))
         has_post = config.has_post_norms
         x = x + (norm("post_attention_layernorm", attended) if has_post else attended)
         normed = norm("pre_feedforward_layernorm" if has_post else "post_attention_layernorm", x)
@@ -111,7 +140,7 @@ class DecoderLayers:
         out = apply("down_proj", gated)
         return x + (norm("post_feedforward_layernorm", out) if has_post else out)
 
-    def _attention(self, layer: int, x: Tensor, apply: Linear, norm: Linear) -> Tensor:
+    def _attention(self, layer: int, x: Tensor, apply: Linear, norm: Linear, tree: Tree | None) -> Tensor:
         config, (batch, length) = self.config, x.shape[:2]
 
         def heads(name: str) -> Tensor:
@@ -122,11 +151,13 @@ class DecoderLayers:
             query, keys = norm("q_norm", query), norm("k_norm", keys)
         window = config.window(layer)
         cos, sin = self._rope if window is None else self._local_rope
-        cos, sin = cos[:length], sin[:length]
-        mask = None
+        positions = torch.arange(length) if tree is None else tree.positions
+        cos, sin = cos[positions], sin[positions]
+        mask = None if tree is None else tree.visible
         if window is not None and window < length:
-            distance = torch.arange(length)[:, None] - torch.arange(length)
-            mask = (distance >= 0) & (distance < window)
+            distance = positions[:, None] - positions
+            near = (distance >= 0) & (distance < window)
+            mask = near if mask is None else near & mask
         out = functional.scaled_dot_product_attention(
             _rotate(query, cos, sin),
             _rotate(keys, cos, sin),

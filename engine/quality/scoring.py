@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, and figures with confidence intervals."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.checkpoint.loading import Checkpoint
-from engine.models.layerwise import DecoderLayers
+from engine.models.layerwise import DecoderLayers, Tree
 from engine.quality.divergence import head_table
 from kernels.reference import rms_norm
 
@@ -18,7 +19,6 @@ Progress = Callable[[], None]
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and of a continuation."""
 
-_BATCH_TOKENS = 4096
 _HEAD_ROWS = 256
 _RESAMPLES = 2000
 
@@ -32,7 +32,7 @@ class Row:
 
     suite: str
     metric: str
-    model: float
+    value: float
     reference: float | None
     difference: float | None
     ci_low: float
@@ -49,25 +49,34 @@ def continuation_logprobs(
 ) -> list[float]:
     """Sum of log p(continuation | prompt) of each pair, nats; float32 throughout, all layers streamed once.
 
-    Sequences of like length run together, padded behind: causal attention does not see what follows.
+    Pairs that follow each other and share a prompt are one sequence, so that the prompt is computed once.
     """
-    batches = _batches(pairs)
-    longest = max(len(p) + len(c) for p, c in pairs)
-    layers = DecoderLayers(checkpoint, longest)
+    groups = _by_prompt(pairs)
+    trees = [Tree.of(len(pairs[g[0]][0]), [len(pairs[i][1]) for i in g]) for g in groups]
+    layers = DecoderLayers(checkpoint, max(len(p) + len(c) for p, c in pairs))
     table = layers.embedding()
-    streams = [layers.embed(tokens, table) for _, tokens in batches]
+    streams = []
+    for group in groups:
+        tokens = [*pairs[group[0]][0], *itertools.chain.from_iterable(pairs[i][1] for i in group)]
+        streams.append(layers.embed(torch.tensor([tokens]), table))
     for layer in range(layers.config.num_layers):
         weights = layers.load(layer)
-        streams = [layers.forward(layer, weights, x) for x in streams]
+        streams = [
+            layers.forward(layer, weights, x, tree=tree) for x, tree in zip(streams, trees, strict=True)
+        ]
         progress()
     head, norm = head_table(checkpoint), layers.final_norm()
-    scores = [0.0] * len(pairs)
-    for (members, _), x in zip(batches, streams, strict=True):
-        for row, index in enumerate(members):
-            prompt, continuation = pairs[index]
-            wanted = x[row, len(prompt) - 1 : len(prompt) + len(continuation) - 1]
+    scores = []
+    for group, x in zip(groups, streams, strict=True):
+        prompt = pairs[group[0]][0]
+        at = len(prompt)
+        for index in group:
+            continuation = pairs[index][1]
+            # The prompt's last token gives a continuation's first, each of its own the next.
+            wanted = torch.cat([x[0, len(prompt) - 1 : len(prompt)], x[0, at : at + len(continuation) - 1]])
             normed = rms_norm(wanted, norm, layers.config.rms_norm_eps)
-            scores[index] = _total(normed, head, torch.tensor(continuation))
+            scores.append(_total(normed, head, torch.tensor(continuation)))
+            at += len(continuation)
     return scores
 
 
@@ -79,23 +88,9 @@ def _total(states: Tensor, head: Tensor, targets: Tensor) -> float:
     return total
 
 
-def _batches(pairs: Sequence[Pair]) -> list[tuple[list[int], Tensor]]:
-    """Indices and padded tokens int64 [members, longest], shortest first."""
-    lengths = [len(p) + len(c) for p, c in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    groups: list[list[int]] = []
-    for index in order:
-        if not groups or (len(groups[-1]) + 1) * lengths[index] > _BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(index)
-    result = []
-    for members in groups:
-        tokens = torch.zeros(len(members), lengths[members[-1]], dtype=torch.int64)
-        for row, index in enumerate(members):
-            ids = [*pairs[index][0], *pairs[index][1]]
-            tokens[row, : len(ids)] = torch.tensor(ids)
-        result.append((members, tokens))
-    return result
+def _by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of neighbours that share a prompt."""
+    return [list(group) for _, group in itertools.groupby(range(len(pairs)), key=lambda i: pairs[i][0])]
 
 
 def row(suite: str, metric: str, values: Sequence[float], reference: Sequence[float] | None) -> Row:

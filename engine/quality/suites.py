@@ -23,8 +23,12 @@ def run(
     documents: Sequence[str],
     size: int | None = None,
     progress: Progress = lambda: None,
+    known: dict[str, np.ndarray] | None = None,
 ) -> list[Row]:
     """Rows of one suite. `size`: windows, questions a chain length, or problems; the suite's own by default.
+
+    known: the reference's scores by suite, filled here; whoever measures several models against one
+    reference passes the same dictionary.
 
     Raises:
         QualityError: the vocabularies differ, or a suite's data is not installed.
@@ -34,7 +38,7 @@ def run(
     tokenizer = model.load_tokenizer()
     if name == "divergence":
         return _divergence(model, reference, tokenizer, documents, size or 16, progress)
-    score = _Scorer(model, reference, progress)
+    score = _Scorer(model, reference, progress, name, {} if known is None else known)
     if name == "multi-hop":
         return _multi_hop(score, tokenizer, size or 50)
     if name == "bias":
@@ -47,14 +51,25 @@ def run(
 class _Scorer:
     """Scores pairs with the model, and with the reference where there is one."""
 
-    def __init__(self, model: Checkpoint, reference: Checkpoint | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: Checkpoint,
+        reference: Checkpoint | None,
+        progress: Progress,
+        suite: str,
+        known: dict[str, np.ndarray],
+    ) -> None:
         self._model, self._reference, self._progress = model, reference, progress
+        self._suite, self._known = suite, known
 
     def __call__(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray | None]:
         ours = np.array(continuation_logprobs(self._model, pairs, self._progress))
         if self._reference is None:
             return ours, None
-        return ours, np.array(continuation_logprobs(self._reference, pairs, self._progress))
+        if self._suite not in self._known:
+            found = continuation_logprobs(self._reference, pairs, self._progress)
+            self._known[self._suite] = np.array(found)
+        return ours, self._known[self._suite]
 
 
 def _divergence(

@@ -45,9 +45,10 @@ def test_a_model_does_not_diverge_from_itself(models):
 
 
 def test_continuations_score_as_in_transformers(tmp_path):
-    """Batched and padded, against one unpadded pass each."""
+    """Continuations of one prompt in one sequence, against a pass of its own for each."""
     reference = save_random_llama(tmp_path)
-    pairs = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), (list(range(10, 40)), [50, 51])]
+    long = list(range(10, 40))
+    pairs = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), (long, [50, 51]), (long, [50, 52, 53]), (long, [7])]
     got = continuation_logprobs(open_checkpoint(tmp_path), pairs)
     for score, (prompt, continuation) in zip(got, pairs, strict=True):
         with torch.inference_mode():
@@ -104,11 +105,20 @@ def test_suites_give_figures_beside_the_references(models, name, monkeypatch):
     alone = suites.run(name, models[0], None, documents=TEXT, size=6)
     beside = suites.run(name, models[0], models[0], documents=TEXT, size=6)
     other = suites.run(name, models[0], models[1], documents=TEXT, size=6)
-    assert all(r.reference is None and r.ci_low <= r.model <= r.ci_high for r in alone)
+    assert all(r.reference is None and r.ci_low <= r.value <= r.ci_high for r in alone)
     assert all(r.difference == pytest.approx(0, abs=1e-6) for r in beside)
     if name == "divergence":  # to a tokenizer of 199 words the probes are all the same unknown word
         assert any(abs(r.difference) > 1e-3 for r in other)
     assert [r.metric for r in beside] == [r.metric for r in other]
+
+
+def test_the_references_scores_are_kept_between_models(models):
+    known: dict[str, np.ndarray] = {}
+    first = suites.run("bias", models[0], models[1], documents=TEXT, known=known)
+    known["bias"] = known["bias"] + 1.0  # seen by the next model: the reference is not computed again
+    second = suites.run("bias", models[0], models[1], documents=TEXT, known=known)
+    assert set(known) == {"bias"}
+    assert [r.value for r in first] == [r.value for r in second]
 
 
 def test_models_of_different_vocabularies_are_not_compared(models, tmp_path):
