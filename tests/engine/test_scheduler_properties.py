@@ -1,4 +1,4 @@
-"""Random arrivals, lengths, aborts and pool sizes: nothing leaks, starves or is lost."""
+"""Random arrivals, lengths, aborts, drafts and pool sizes: nothing leaks, starves or is lost."""
 
 from collections import Counter
 
@@ -8,14 +8,27 @@ from hypothesis import strategies as st
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
+from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
+from engine.speculation import DraftPolicy, num_kept
 
 BLOCK_SIZE = 4
 
 
 def token_at(request_id: str, position: int) -> int:
-    """The pretended model: what it says depends on the request and the position alone."""
+    """The pretended model: what it says depends on the request and the position alone.
+
+    Runs of eight positions alternate between a loop of three tokens, where drafts come true, and noise.
+    """
+    if position % 16 < 8:
+        return 1 + position % 3
     return 1 + (hash((request_id, position)) % 50)
+
+
+def tokens_of(part: ScheduledRequest) -> list[int]:
+    """What the pretended runner returns: it samples at each drafted position, and accepts."""
+    request, drafts = part.request, part.draft_token_ids
+    sampled = [token_at(request.request_id, request.num_tokens + i) for i in range(len(drafts) + 1)]
+    return sampled[: num_kept(drafts, sampled)]
 
 
 @st.composite
@@ -28,7 +41,7 @@ def workloads(draw: st.DrawFn) -> dict:
             st.tuples(
                 st.integers(0, 30),  # step of arrival
                 st.integers(1, capacity - 1),  # prompt length
-                st.integers(1, 12),  # output length
+                st.integers(1, 40),  # output length
                 st.integers(0, 2),  # prompts of one family share a prefix
                 st.none() | st.integers(0, 40),  # step of an abort
             ),
@@ -41,6 +54,9 @@ def workloads(draw: st.DrawFn) -> dict:
         "max_num_seqs": max_num_seqs,
         "token_budget": draw(st.integers(max_num_seqs, 24)),
         "enable_prefix_caching": draw(st.booleans()),
+        "draft_policy": draw(
+            st.none() | st.builds(DraftPolicy, st.integers(0, 9), st.sampled_from([0.0, 0.03, 0.5]))
+        ),
         "requests": requests,
     }
 
@@ -64,6 +80,26 @@ def check_ownership(scheduler: Scheduler) -> None:
         assert request.block_ids == []
 
 
+def check_drafts(scheduler: Scheduler, output: SchedulerOutput) -> None:
+    drafting = [p for p in output.scheduled if p.draft_token_ids]
+    if output.preempted_ids:
+        assert not drafting
+    elif drafting:
+        # No decode is left out for them, and prompts go on beside them.
+        scheduled = {p.request.request_id for p in output.scheduled}
+        assert all(r.request_id in scheduled for r in scheduler.running if r.is_decoding)
+        if any(not r.is_decoding for r in scheduler.running):
+            assert any(not p.request.is_decoding for p in output.scheduled)
+    for part in drafting:
+        request = part.request
+        assert part.num_scheduled_tokens == 1 + len(part.draft_token_ids)
+        assert part.num_computed_tokens == request.num_tokens - 1
+        end = part.num_computed_tokens + part.num_scheduled_tokens
+        assert end <= len(request.block_ids) * BLOCK_SIZE
+        assert end < scheduler.max_model_len
+        assert request.num_output_tokens + len(part.draft_token_ids) < request.params.max_tokens
+
+
 @settings(max_examples=300, deadline=None)
 @given(workloads())
 def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
@@ -74,6 +110,7 @@ def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
         max_num_seqs=workload["max_num_seqs"],
         token_budget=workload["token_budget"],
         max_model_len=workload["num_blocks"] * BLOCK_SIZE,
+        draft_policy=workload["draft_policy"],
     )
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
@@ -104,15 +141,13 @@ def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
         assert all(p.num_scheduled_tokens > 0 for p in output.scheduled)
         assert bool(output.scheduled) == scheduler.has_work  # work there is, work is done
         check_ownership(scheduler)
+        check_drafts(scheduler, output)
         for request_id in aborts.pop(now, []):
             scheduler.finish_request(request_id, RequestStatus.FINISHED_ABORTED)
-        sampled = {
-            p.request.request_id: token_at(p.request.request_id, p.request.num_tokens)
-            for p in output.scheduled
-            if p.is_sampled
-        }
-        for request, token_id in scheduler.update(output, sampled):
-            received[request.request_id].append(token_id)
+        sampled = {p.request.request_id: tokens_of(p) for p in output.scheduled if p.is_sampled}
+        for request, token_ids in scheduler.update(output, sampled):
+            received[request.request_id].extend(token_ids)
+        assert all(r.num_computed_tokens < r.num_tokens for r in scheduler.running)
         check_ownership(scheduler)
         if before is not None and any(p.request is oldest for p in output.scheduled):
             assert oldest.status.is_finished or (oldest.num_computed_tokens, oldest.num_tokens) > before
