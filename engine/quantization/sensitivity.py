@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import kernels
 from engine.models.layerwise import LINEARS, SHARED_INPUTS, DecoderLayers, LayerWeights, linear_name
 from engine.quantization.candidates import quantize_all
 from engine.quantization.rotation import can_rotate, rotate_heads, rotate_values
 from engine.quantization.workspace import HiddenStates, Workspace
-from kernels.formats import Format, IntegerWeight
+from kernels.formats import Format
 from kernels.reference import rms_norm
 
 _MICRO_BATCH = 4
@@ -258,12 +259,18 @@ class SensitivityAnalysis:
         return ["model.embed_tokens.weight", *([] if self.layers.is_tied else ["lm_head.weight"])]
 
     @torch.inference_mode()
-    def quantize_tables(self, formats: Mapping[str, str]) -> dict[str, IntegerWeight]:
-        """Embedding and head in the given formats."""
+    def quantize_tables(self, formats: Mapping[str, str]) -> dict[str, kernels.PackedWeight]:
+        """Embedding and head in the given formats; kept, because trials often agree on these large ones."""
         result = {}
         for name in self.table_names():
-            table, moment = self.layers.tensor(name), self._table_moment(name)
-            ((result[name],),) = quantize_all([table], moment, [[Format.parse(formats[name])]])
+            file, f = f"{name}-{formats[name]}.safetensors", Format.parse(formats[name])
+            if not self.workspace.has(file):
+                table, moment = self.layers.tensor(name), self._table_moment(name)
+                ((quantized,),) = quantize_all([table], moment, [[f]])
+                self.workspace.save_tensors(file, {"packed": kernels.pack(quantized).data})
+            data = self.workspace.load_tensors(file)["packed"]
+            rows = self.layers.config.vocab_size
+            result[name] = kernels.PackedWeight(f, rows, self.layers.config.hidden_size, data)
         return result
 
     def _table_uses(self, name: str) -> tuple[bool, bool]:

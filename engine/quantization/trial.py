@@ -63,9 +63,9 @@ class Trial:
     def _tables(self) -> None:
         if self._workspace.has(f"{self._prefix}/tables.safetensors"):
             return
-        quantized = self._analysis.quantize_tables(self.choice.formats)
-        packed = {packed_name(name): kernels.pack(w).data for name, w in quantized.items()}
-        embedding = quantized["model.embed_tokens.weight"].dequantize()
+        tables = self._analysis.quantize_tables(self.choice.formats)
+        packed = {packed_name(name): table.data for name, table in tables.items()}
+        embedding = kernels.dequantize(tables["model.embed_tokens.weight"])
         self._save_streams(0, *(self._layers.embed(t, embedding) for t in self._texts()))
         self._workspace.save_tensors(f"{self._prefix}/tables.safetensors", packed)
 
@@ -92,10 +92,8 @@ class Trial:
         num_layers = self._layers.config.num_layers
         streams = self._workspace.load_tensors(f"{self._prefix}/stream-{num_layers}.safetensors")
         table = self._analysis.head_table()
-        name = self._analysis.table_names()[-1]
-        f = kernels.Format.parse(self.choice.formats[name])
-        data = self.table_tensors()[packed_name(name)]
-        head = kernels.dequantize(kernels.PackedWeight(f, table.shape[0], table.shape[1], data))
+        head_name = self._analysis.table_names()[-1]
+        head = kernels.dequantize(self._analysis.quantize_tables(self.choice.formats)[head_name])
         reference = self._reference()
         d = compare(self._analysis.final(streams["validation"]), head, reference, table, self._validation)
         quality = Quality(
