@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from engine import EngineConfig, ParameterError, SamplingParams, speculation
+from engine.async_engine import AsyncEngine
+from engine.checkpoint import open_checkpoint
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests, AddRequest, TokenOutput
 from engine.request import Request, RequestStatus
@@ -446,3 +449,61 @@ def test_abort_between_steps_frees_everything(model_dir):
     assert len(core.abort(AbortRequests(("r0", "r1", "r2")))) == 3
     assert core.stats().num_free_blocks == core.stats().num_blocks
     assert not core.has_work
+
+
+# SmolLM2. Packed weights give a token the same bits in any batch, so equality here is exact.
+
+LIST = "Write the numbers from one to five as a list. Then write the same list again, twice."
+native_only = pytest.mark.skipif(kernels.backend_name() != "native", reason="too slow on the reference")
+
+
+@pytest.fixture(scope="module")
+def chat_ids(smollm2) -> list[list[int]]:
+    tokenizer = open_checkpoint(smollm2).load_tokenizer()
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in (LIST, "Name five European rivers.", "def fibonacci(n):")
+    ]
+
+
+@pytest.mark.model
+@native_only
+def test_smollm2_says_the_same_with_and_without(smollm2, chat_ids, free_drafts):
+    samplings = [
+        greedy(48),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=48),
+        SamplingParams(temperature=0.5, seed=4, frequency_penalty=0.2, max_tokens=48, logprobs=1),
+    ]
+    requests = {
+        f"{i}-{j}": (ids, params) for i, ids in enumerate(chat_ids) for j, params in enumerate(samplings)
+    }
+    outputs, accepted = [], []
+    for num in (0, 7):
+        core = make_core(smollm2, dtype="auto", num_blocks=200, speculative_tokens=num)
+        got = collect(core, requests)
+        outputs.append({k: [(o.token_id, o.logprobs, o.finish_reason) for o in v] for k, v in got.items()})
+        accepted.append(core.stats().total_accepted_tokens)
+    assert outputs[0] == outputs[1]
+    assert accepted[0] == 0
+    assert accepted[1] > 20
+
+
+@pytest.mark.model
+@native_only
+async def test_a_stop_string_within_accepted_drafts_ends_the_text_there(smollm2, chat_ids, free_drafts):
+    texts = []
+    for num in (0, 7):
+        config = EngineConfig(model=str(smollm2), device="cpu", num_blocks=200, speculative_tokens=num)
+        engine = await AsyncEngine.start(config)
+        for i, stop in enumerate((("Three", "three", "3"), ("\n\n",), ("no such text",))):
+            params = SamplingParams(temperature=0.0, max_tokens=48, stop=stop)
+            outputs = [o async for o in engine.generate(chat_ids[0], params, request_id=f"r{i}")]
+            last = outputs[-1]
+            texts.append(("".join(o.text for o in outputs), last.finish_reason, last.num_output_tokens))
+        if num:
+            assert engine.stats().total_accepted_tokens > 0
+        await engine.shutdown()
+    assert texts[:3] == texts[3:]
+    assert texts[0][1] == "stop"
