@@ -1,22 +1,17 @@
 """Builds the native CPU library at first use and keeps it in the user's cache directory.
 
-`python -m kernels.cpu.build` does it ahead of time. The cache key covers the sources, the flags, the
-compiler and the processor's features, so that a cache on a shared disk serves different machines.
+`python -m kernels.cpu.build` does it ahead of time. The cache key covers the processor's features too, so that
+a cache on a shared disk serves different machines.
 """
 
-import fcntl
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-from kernels.cache import cache_directory
+from kernels.compilation import cached_library
 
 _SOURCES = Path(__file__).parent / "src"
-_COMPILE_TIMEOUT_S = 300
 _FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
 _ISA_FLAGS = {
     "native": ("-march=native",),
@@ -40,40 +35,8 @@ def build() -> Path:
     isa = os.environ.get("KERNELS_CPU_ISA", "native")
     if isa not in _ISA_FLAGS:
         raise OSError(f"KERNELS_CPU_ISA={isa!r} (allowed: {', '.join(_ISA_FLAGS)})")
-    flags = (*_FLAGS, *_ISA_FLAGS[isa])
-    target = cache_directory() / "kernels" / f"cpu-{_key(compiler, flags)}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held for one compilation at most, which has a deadline
-        if not target.exists():
-            _compile(compiler, flags, target)
-    return target
-
-
-def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so.part")
-    os.close(descriptor)
-    command = [compiler, *flags, str(_SOURCES / "library.cpp"), "-o", temporary]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-        os.replace(temporary, target)
-    except subprocess.CalledProcessError as error:
-        raise OSError(f"{compiler} failed: {error.stderr.strip()[:2000]}") from None
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{compiler} did not finish within {_COMPILE_TIMEOUT_S} s") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(_SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=False).stdout
-    digest.update(version + " ".join(flags).encode() + _cpu_features().encode())
-    return digest.hexdigest()[:16]
+    command = (compiler, *_FLAGS, *_ISA_FLAGS[isa])
+    return cached_library("cpu", command, _SOURCES, ["library.cpp"], salt=_cpu_features())
 
 
 def _cpu_features() -> str:

@@ -1,0 +1,383 @@
+"""A decode step as a list of phases that one kernel launch computes (src/program.h, src/step.cu)."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.build import check, library
+from kernels.cuda.packing import DEVICE_FORMATS, DeviceMatrix, DeviceWeight
+from kernels.types import AttentionWeights, FFNWeights
+
+MAX_TOKENS = 16
+BLOCK_TOKENS = 16  # of a KV block
+HEAD_DIMS = (64, 128, 256)
+_STORE, _GATED, _ATTENTION, _PREPARE = 0, 1, 2, 3
+_PLAIN, _NORM, _PREPARED = 0, 1, 2
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_SLAB_UNITS = 16
+_UNIT_BYTES_PER_TOKEN = 548  # codes, sums and scale of 256 activations
+_ITEM_HEADS, _MAX_SPLITS, _CONSUMER_WARPS = 4, 64, 8
+_RESIDENT_X_BYTES = 72 << 10  # activations that may stay in shared memory; the ring gets the rest
+_MAX_DIRECT_TOKENS, _MAX_DIRECT_UNITS = 2, 256
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_factor", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+        ("num_tiles", ctypes.c_int32),
+        ("unit_bytes", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+    )
+
+
+class _Matmul(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("source", ctypes.c_int32),
+        ("units", ctypes.c_int32),
+        ("num_segments", ctypes.c_int32),
+        ("rotation", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("segments", _Segment * 3),
+        ("x", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("delta", ctypes.c_void_p),
+        ("delta_norm", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("qkv_stride", ctypes.c_int32),
+        ("qkv", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("k_cache", ctypes.c_void_p),
+        ("v_cache", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+    )
+
+
+class _Phase(ctypes.Union):
+    _fields_ = (("matmul", _Matmul), ("attention", _Attention), ("words", ctypes.c_uint64 * 32))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("phases", ctypes.c_void_p),
+        ("num_phases", ctypes.c_int32),
+        ("num_tokens", ctypes.c_int32),
+        ("arrivals", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("sequences", ctypes.c_void_p),
+        ("first_rows", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("sums", ctypes.c_void_p),
+        ("sums_stride", ctypes.c_int64),
+        ("split_out", ctypes.c_void_p),
+        ("split_lse", ctypes.c_void_p),
+        ("split_count", ctypes.c_void_p),
+        ("prepared", ctypes.c_void_p),
+        ("prepared_squares", ctypes.c_void_p),
+        ("ring_bytes", ctypes.c_int32),
+        ("x_bytes", ctypes.c_int32),
+        ("factor_bytes", ctypes.c_int32),
+        ("slabs_that_fit", ctypes.c_int32),
+    )
+
+
+assert ctypes.sizeof(_Phase) == 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """Where a step's tokens are, on the device; read at every launch. All int32.
+
+    positions [16]: -1 marks padding. sequences [16]: row of the block table. first_rows [16]: row of the same
+    sequence's first token in this step. block_table [sequences, max blocks].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    sequences: Tensor
+    first_rows: Tensor
+    block_table: Tensor
+
+    @classmethod
+    def allocate(cls, num_sequences: int, max_blocks: int, device: torch.device) -> "StepInputs":
+        """One token each of the first sequences, all rows padding."""
+        rows = torch.arange(MAX_TOKENS, dtype=torch.int32, device=device)
+        table = torch.zeros(num_sequences, max_blocks, dtype=torch.int32, device=device)
+        return cls(torch.zeros_like(rows), torch.full_like(rows, -1), rows.clone(), rows.clone(), table)
+
+
+@dataclass(slots=True)
+class PhaseList:
+    """Phases under construction, and the tensors that they point at.
+
+    `direct`: every block quantizes the activations for itself (fewest barriers, for one or two tokens). `prepared`:
+    a phase before each product does it once for all blocks.
+    """
+
+    direct: list[_Phase] = field(default_factory=list)
+    prepared: list[_Phase] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    max_tiles: int = 1  # of one block in one phase
+    max_units: int = 1
+    _next_block: int = 0
+
+    def add_matmul(
+        self,
+        weight: DeviceWeight,
+        x: Tensor,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        delta: Tensor | None = None,
+        delta_norm: Tensor | None = None,
+        stream: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        """out[:, :] = W x, or act(W0 x) * (W1 x) where `activation` is set. x: float32 [tokens, k].
+
+        With `norm`, x is the residual stream: delta (through RMSNorm with `delta_norm`, if set) is added to it, the
+        result goes to `stream`, and RMSNorm of it is multiplied.
+        """
+        gated = activation is not None
+        phase = _Phase()
+        m = phase.matmul
+        m.kind, m.source = (_GATED if gated else _STORE), (_PLAIN if norm is None else _NORM)
+        m.units, m.num_segments, m.k, m.eps = weight.parts[0].units, len(weight.parts), weight.k, eps
+        m.activation = _ACTIVATIONS[activation] if activation else 0
+        first = 0
+        for i, part in enumerate(weight.parts):
+            own = None if bias is None else bias[first : first + part.n].contiguous()
+            m.segments[i] = self._segment(part, own)
+            first += part.n
+        for name, tensor in (("x", x), ("norm", norm), ("delta", delta), ("delta_norm", delta_norm)):
+            setattr(m, name, self._pointer(tensor))
+        m.stream, m.out, m.out_stride = self._pointer(stream), self._pointer(out), out.stride(0)
+        items = weight.parts[0].num_tiles if gated else sum(p.num_tiles for p in weight.parts)
+        blocks = num_blocks()
+        m.rotation = (blocks - self._next_block) % blocks
+        self._next_block = (self._next_block + items) % blocks
+        self.max_tiles = max(self.max_tiles, -(-items // blocks) * (2 if gated else 1))
+        self.max_units = max(self.max_units, m.units)
+        self.direct.append(phase)
+        before, after = _Phase.from_buffer_copy(phase), _Phase.from_buffer_copy(phase)
+        before.matmul.kind, after.matmul.source = _PREPARE, _PREPARED
+        self.prepared += [before, after]
+
+    def add_attention(
+        self, weights: AttentionWeights, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor
+    ) -> None:
+        """out = attention of qkv [tokens, (heads + 2 kv heads) * head_dim]; appends keys and values."""
+        w, phase = weights, _Phase()
+        a = phase.attention
+        a.kind, a.num_heads, a.num_kv_heads, a.head_dim = _ATTENTION, w.num_heads, w.num_kv_heads, w.head_dim
+        a.window, a.scale, a.eps, a.qkv_stride = w.window or 0, w.scale, w.eps, qkv.stride(0)
+        for name, tensor in (
+            ("qkv", qkv),
+            ("cos", w.cos),
+            ("sin", w.sin),
+            ("q_norm", w.q_norm),
+            ("k_norm", w.k_norm),
+            ("k_cache", k_cache),
+            ("v_cache", v_cache),
+            ("out", out),
+        ):
+            setattr(a, name, self._pointer(tensor))
+        a.out_stride = out.stride(0)
+        self.direct.append(phase)
+        self.prepared.append(phase)
+
+    def _segment(self, part: DeviceMatrix, bias: Tensor | None) -> _Segment:
+        return _Segment(
+            self._pointer(part.data),
+            self._pointer(part.row_factor),
+            self._pointer(bias),
+            part.n,
+            part.num_tiles,
+            part.format.unit_bytes,
+            DEVICE_FORMATS.index(part.format),
+        )
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self.tensors.append(tensor)  # lives as long as the program
+        return tensor.data_ptr()
+
+
+class StepProgram:
+    """Phases on the device, ready to be launched for 1 to 16 tokens."""
+
+    def __init__(self, phases: PhaseList, inputs: StepInputs, heads: tuple[int, int, int] = (1, 1, 64)) -> None:
+        """heads: query heads, key-value heads, head_dim of the attention phases."""
+        device = inputs.positions.device
+        self._keep = phases.tensors
+        self._max_units = phases.max_units
+        self.inputs = inputs
+        self._direct = _on_device(phases.direct, device)
+        self._prepared = _on_device(phases.prepared, device)
+        num_heads, num_kv_heads, head_dim = heads
+        groups = num_kv_heads * -(-(num_heads // num_kv_heads) // _ITEM_HEADS)
+        slots = MAX_TOKENS * groups * _MAX_SPLITS * _ITEM_HEADS
+        self._arrivals = torch.zeros(2, dtype=torch.int32, device=device)
+        self._split_out = torch.empty(slots * head_dim, device=device)
+        self._split_lse = torch.empty(slots * 2, device=device)
+        self._split_count = torch.zeros(MAX_TOKENS * groups, dtype=torch.int32, device=device)
+        self._factor_bytes = phases.max_tiles * 16 * 4
+        self._sums_stride = phases.max_tiles * 16 * MAX_TOKENS
+        self._sums = torch.empty(num_blocks() * self._sums_stride, device=device)
+        size = self._max_units * MAX_TOKENS
+        self._activations = torch.empty(size * _UNIT_BYTES_PER_TOKEN, dtype=torch.uint8, device=device)
+        self._squares = torch.empty(size, device=device)
+        self._attention_bytes = _CONSUMER_WARPS * _ITEM_HEADS * (head_dim + 2) * 4
+
+    def launch(self, num_tokens: int) -> None:
+        """Run on the current stream.
+
+        Raises:
+            ValueError: more than 16 tokens.
+            RuntimeError: the launch is refused.
+        """
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ValueError(f"num_tokens must be 1 to {MAX_TOKENS}, got {num_tokens}")
+        mma = next(m for m in (1, 2, 4) if num_tokens <= 4 * m)
+        slab = _SLAB_UNITS * num_tokens * _UNIT_BYTES_PER_TOKEN
+        all_slabs = -(-self._max_units // _SLAB_UNITS)
+        is_direct = self._max_units <= _MAX_DIRECT_UNITS and (
+            num_tokens == 1 or (num_tokens <= _MAX_DIRECT_TOKENS and all_slabs * slab <= _RESIDENT_X_BYTES)
+        )
+        slabs = all_slabs if is_direct else min(all_slabs, max(_RESIDENT_X_BYTES // slab, 1))
+        x_bytes = -(-max(slabs * slab, self._attention_bytes) // 128) * 128
+        phases = self._direct if is_direct else self._prepared
+        ring_bytes = (step_room(mma) - x_bytes - self._factor_bytes) // 128 * 128
+        step = _Step(
+            phases.data_ptr(),
+            len(phases),
+            num_tokens,
+            self._arrivals.data_ptr(),
+            self.inputs.positions.data_ptr(),
+            self.inputs.sequences.data_ptr(),
+            self.inputs.first_rows.data_ptr(),
+            self.inputs.block_table.data_ptr(),
+            self.inputs.block_table.stride(0),
+            self._sums.data_ptr(),
+            self._sums_stride,
+            self._split_out.data_ptr(),
+            self._split_lse.data_ptr(),
+            self._split_count.data_ptr(),
+            self._activations.data_ptr(),
+            self._squares.data_ptr(),
+            ring_bytes,
+            x_bytes,
+            self._factor_bytes,
+            slabs,
+        )
+        stream = torch.cuda.current_stream().cuda_stream
+        check(library().peregrine_step(ctypes.byref(step), mma, num_blocks(), ctypes.c_void_p(stream)))
+
+
+def _on_device(phases: Sequence[_Phase], device: torch.device) -> Tensor:
+    """uint8 [phases, 256]."""
+    raw = bytearray(b"".join(bytes(p) for p in phases))
+    return torch.frombuffer(raw, dtype=torch.uint8).view(len(phases), -1).to(device)
+
+
+@functools.cache
+def num_blocks() -> int:
+    """One block a multiprocessor."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+@functools.cache
+def step_room(mma: int) -> int:
+    """Bytes of shared memory for ring, activations and row factors together."""
+    room = ctypes.c_int()
+    check(library().peregrine_step_room(torch.cuda.current_device(), mma, ctypes.byref(room)))
+    return room.value
+
+
+def add_layers(
+    phases: PhaseList,
+    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    caches: Sequence[tuple[Tensor, Tensor]],
+    streams: tuple[Tensor, Tensor],
+    final_norm: Tensor,
+    eps: float,
+    head: DeviceWeight,
+    logits: Tensor,
+) -> None:
+    """Phases of a whole decoder: from the embedded tokens in streams[0] to logits [tokens, vocab].
+
+    The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values, bfloat16 [blocks,
+    kv_heads, 16, head_dim] each. streams: two buffers [tokens, hidden] for the residual stream; the second one takes
+    turns with the first.
+    """
+    device, tokens = streams[0].device, streams[0].shape[0]
+    first, _ = layers[0]
+    hidden, q_size = streams[0].shape[1], first.num_heads * first.head_dim
+    qkv = torch.zeros(tokens, q_size + 2 * first.num_kv_heads * first.head_dim, device=device)
+    attended = torch.zeros(tokens, q_size, device=device)
+    gated = torch.zeros(tokens, max(_device_weight(f.down).k for _, f in layers), device=device)
+    delta = torch.zeros(tokens, hidden, device=device)
+    now, other = streams
+    pending: Tensor | None = None  # delta of the block before, and its norm
+    pending_norm: Tensor | None = None
+    for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
+        for block in (attention, ffn):
+            enters = {"norm": block.norm, "eps": block.eps, "delta": pending, "delta_norm": pending_norm}
+            stream = None if pending is None else other
+            if isinstance(block, AttentionWeights):
+                phases.add_matmul(
+                    _device_weight(block.qkv), now, qkv, bias=block.qkv_bias, stream=stream, **enters
+                )  # type: ignore[arg-type]
+                phases.add_attention(block, qkv, k_cache, v_cache, attended)
+                phases.add_matmul(_device_weight(block.o), attended, delta, bias=block.o_bias)
+            else:
+                phases.add_matmul(
+                    _device_weight(block.gate_up),
+                    now,
+                    gated,
+                    bias=block.gate_up_bias,
+                    activation=block.activation,
+                    stream=stream,
+                    **enters,  # type: ignore[arg-type]
+                )
+                phases.add_matmul(_device_weight(block.down), gated, delta, bias=block.down_bias)
+            if stream is not None:
+                now, other = other, now
+            pending, pending_norm = delta, block.post_norm
+    phases.add_matmul(head, now, logits, norm=final_norm, eps=eps, delta=pending, delta_norm=pending_norm)
+
+
+def _device_weight(weight: object) -> DeviceWeight:
+    assert isinstance(weight, DeviceWeight)
+    return weight

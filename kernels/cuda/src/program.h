@@ -1,0 +1,90 @@
+// What one launch computes: a list of phases. Mirrored field by field in kernels/cuda/program.py.
+#pragma once
+
+#include <cstdint>
+
+constexpr int kConsumerWarps = 8;
+constexpr int kThreads = 32 * (kConsumerWarps + 2);  // and a producer and an epilogue warp
+constexpr int kTileRows = 16;
+constexpr int kUnitColumns = 256;
+constexpr int kStageUnits = kConsumerWarps;  // one unit a warp
+constexpr int kSlabUnits = 16;  // float sums are closed every 4096 columns, whatever the batch
+constexpr int kMaxStages = 32;
+constexpr int kMaxTokens = 16;
+constexpr int kDirectTokens = 2;  // at most so many are quantized by every block for itself
+constexpr int kMaxDirectUnits = 256;
+
+enum PhaseKind : int32_t { kStore = 0, kGated = 1, kAttention = 2, kPrepare = 3 };
+enum Source : int32_t { kPlain = 0, kNorm = 1, kPrepared = 2 };
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
+// A matrix [n, 256 * units] in fragment order: tiles of 16 rows, each `units` * unit_bytes contiguous.
+struct Segment {
+  const uint8_t* data;
+  const float* row_factor;  // [16 * num_tiles]
+  const float* bias;        // [n], may be null
+  int32_t n, num_tiles, unit_bytes, format;
+};
+
+// out[t, :] = W x[t]: segments one after the other (kStore), or act(W0 x) * (W1 x) tile by tile (kGated).
+//
+// Few tokens: every block quantizes x for itself. More: a kPrepare phase does it once, all blocks together, and the
+// next phase copies the codes (kPrepared).
+struct MatmulPhase {
+  int32_t kind, source, units, num_segments;
+  int32_t rotation;  // which block takes the first tile
+  int32_t activation;
+  int32_t k;  // columns of x that are there; the rest of the last unit counts as zero
+  float eps;
+  Segment segments[3];
+  const float* x;           // kPlain: [tokens, k]. kNorm: the residual stream before `delta`
+  const float* norm;        // [k]
+  const float* delta;       // [tokens, k] to add to the stream first; may be null
+  const float* delta_norm;  // [k], RMSNorm of delta before that; may be null
+  float* stream;            // where the stream with delta goes (another buffer than x); may be null
+  float* out;               // [tokens, out_stride]
+  int64_t out_stride;
+};
+
+// out = attention of this step's queries over the paged cache, this step's keys and values included; appends them.
+struct AttentionPhase {
+  int32_t kind, num_heads, num_kv_heads, head_dim;
+  int32_t window;  // keys further back are not seen; 0: all are
+  float scale, eps;
+  int32_t qkv_stride;
+  const float* qkv;  // [tokens, qkv_stride]: q, k, v heads
+  const float *cos, *sin;      // [positions, head_dim / 2]
+  const float *q_norm, *k_norm;  // [head_dim], may be null
+  void *k_cache, *v_cache;     // bfloat16 [blocks, kv_heads, 16, head_dim]
+  float* out;                  // [tokens, num_heads * head_dim]
+  int64_t out_stride;
+};
+
+union alignas(16) Phase {
+  MatmulPhase matmul;
+  AttentionPhase attention;
+  uint64_t words[32];
+};
+static_assert(sizeof(Phase) == 256);
+
+struct Step {
+  const Phase* phases;
+  int32_t num_phases, num_tokens;
+  uint32_t* arrivals;  // [2]: grid barrier, blocks that are through; zero between launches
+  const int32_t* positions;   // [tokens]; negative: the row is padding
+  const int32_t* sequences;   // [tokens]: row of block_table
+  const int32_t* first_rows;  // [tokens]: row of the same sequence's first token in this step
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  float* sums;       // [blocks, max items * 2, 16 * tokens]: row sums between passes over x
+  int64_t sums_stride;  // floats a block
+  float* split_out;  // [slots, 4, head_dim]: attention of a split
+  float* split_lse;  // [slots, 4, 2]: its maximum and sum
+  uint32_t* split_count;  // [tokens * kv_heads * head groups]; zero between launches
+  uint8_t* prepared;      // Activations of the widest x
+  float* prepared_squares;  // [units][tokens]
+  int32_t ring_bytes, x_bytes, factor_bytes, slabs_that_fit;
+#ifdef PEREGRINE_TRACE
+  long long* trace;
+#endif
+};

@@ -1,0 +1,478 @@
+// One launch computes a list of phases (program.h): a decode step of a whole model for up to 16 tokens.
+//
+// A block per multiprocessor, all resident at once. In each, a producer thread streams the weights of the
+// block's rows through a ring in shared memory, phase after phase, without ever waiting for other blocks:
+// weight addresses are known in advance. Eight consumer warps wait at the grid barrier for the activations,
+// quantize them, and multiply; an epilogue warp adds the warps' sums and writes rows. While a barrier, a
+// norm or the attention runs, the ring fills up; afterwards the consumers, faster than memory, catch up.
+#include <cuda_runtime.h>
+
+#include "activations.cuh"
+#include "async.cuh"
+#include "attention.cuh"
+#include "program.h"
+#include "units.cuh"
+
+#ifdef PEREGRINE_TRACE
+#define TRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + index) * 4 + (k)] = clock64()
+#else
+#define TRACE(k)
+#endif
+
+namespace {
+
+template <int kMma>
+constexpr int kSumsBytes = 2 * kConsumerWarps * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
+
+struct Control {
+  uint64_t stage_full[kMaxStages], stage_empty[kMaxStages];
+  uint64_t sums_full[2], sums_empty[2];
+  uint64_t phase_done;
+  uint32_t stage_offset[kMaxStages];
+  uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
+  uint64_t x_full;
+  float squares[kMaxDirectUnits * kDirectTokens];
+  float delta_scale[kMaxTokens];
+  Rows rows;
+  int flag;
+  alignas(16) Phase phases[3][2];  // copies of producer, consumers, epilogue: this phase and the next
+};
+
+// Which tiles of a phase a block takes, and how the columns are cut; producer, consumers and epilogue agree.
+struct Plan {
+  int items, first, slabs, slabs_per_pass;
+
+  __device__ Plan(const MatmulPhase& phase, const Step& step) {
+    items = phase.segments[0].num_tiles;
+    if (phase.kind != kGated)
+      for (int i = 1; i < phase.num_segments; ++i) items += phase.segments[i].num_tiles;
+    first = (blockIdx.x + phase.rotation) % gridDim.x;
+    slabs = (phase.units + kSlabUnits - 1) / kSlabUnits;
+    slabs_per_pass = min(slabs, step.slabs_that_fit);
+  }
+
+  // fn(item's number in this block, part of the item, segment, tile, first row of out)
+  template <class Fn>
+  __device__ void for_each(const MatmulPhase& phase, Fn fn) const {
+    int number = 0;
+    for (int item = first; item < items; item += gridDim.x, ++number) {
+      if (phase.kind == kGated) {
+        for (int part = 0; part < 2; ++part) fn(number, part, phase.segments[part], item, item * kTileRows);
+      } else {
+        int tile = item, row = 0;
+        const Segment& segment = locate(phase, tile, row);
+        fn(number, 0, segment, tile, row + tile * kTileRows);
+      }
+    }
+  }
+
+  // Of a kStore phase's item: its segment, the tile in it, the segment's first row.
+  static __device__ const Segment& locate(const MatmulPhase& phase, int& tile, int& row) {
+    int segment = 0;
+    while (tile >= phase.segments[segment].num_tiles) {
+      tile -= phase.segments[segment].num_tiles;
+      row += phase.segments[segment].n;
+      ++segment;
+    }
+    return phase.segments[segment];
+  }
+
+  __device__ int num_passes() const { return (slabs + slabs_per_pass - 1) / slabs_per_pass; }
+};
+
+__device__ bool is_matmul(const MatmulPhase& phase) { return phase.kind == kStore || phase.kind == kGated; }
+
+// A warp's own copy of the phases: the next one is fetched while this one runs.
+struct PhaseReader {
+  const Step& step;
+  Phase (&copies)[2];
+  int lane;
+
+  __device__ void fetch(int index) {
+    if (index < step.num_phases) copies[index & 1].words[lane] = __ldg(step.phases[index].words + lane);
+  }
+};
+
+__device__ void produce(const Step& step, uint8_t* ring, Control& control, int lane) {
+  PhaseReader reader{step, control.phases[0], lane};
+  reader.fetch(0);
+  __syncwarp();
+  uint32_t head = 0, tail = 0;       // stages issued, stages known to be free again
+  uint32_t at = 0, free_bytes = step.ring_bytes;
+  for (int index = 0; index < step.num_phases; ++index) {
+    reader.fetch(index + 1);
+    const MatmulPhase& phase = reader.copies[index & 1].matmul;
+    if (is_matmul(phase) && lane == 0) {
+      const Plan plan(phase, step);
+      for (int pass = 0; pass < plan.num_passes(); ++pass) {
+        const int first = pass * plan.slabs_per_pass * kSlabUnits;
+        const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
+        plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
+          const uint32_t unit_bytes = segment.unit_bytes;
+          const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * unit_bytes;
+          for (int unit = first; unit < last; unit += kStageUnits) {
+            const uint32_t bytes = min(kStageUnits, last - unit) * unit_bytes;
+            const uint32_t skipped = at + bytes > step.ring_bytes ? step.ring_bytes - at : 0;
+            while (free_bytes < bytes + skipped || head - tail == kMaxStages) {
+              mbarrier_wait(&control.stage_empty[tail % kMaxStages], (tail / kMaxStages) & 1);
+              free_bytes += control.stage_taken[tail % kMaxStages];
+              ++tail;
+            }
+            if (skipped) at = 0;
+            const uint32_t slot = head % kMaxStages;
+            control.stage_taken[slot] = bytes + skipped;
+            free_bytes -= bytes + skipped;
+            control.stage_offset[slot] = at;
+            mbarrier_arrive_expect(&control.stage_full[slot], bytes);
+            stream_copy(ring + at, data, bytes, &control.stage_full[slot]);
+            data += bytes;
+            at += bytes;
+            ++head;
+          }
+        });
+      }
+    }
+    __syncwarp();
+  }
+}
+
+__device__ void attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control, int warp,
+                       int lane, bool only_prefetch) {
+  const auto with = [&](auto attention) { only_prefetch ? attention.prefetch_cache() : attention.run(); };
+  float* scratch = reinterpret_cast<float*>(x_room);
+  if (phase.head_dim == 64) with(SplitAttention<64>(phase, step, control.rows, scratch, &control.flag, warp, lane));
+  else if (phase.head_dim == 128) with(SplitAttention<128>(phase, step, control.rows, scratch, &control.flag, warp, lane));
+  else with(SplitAttention<256>(phase, step, control.rows, scratch, &control.flag, warp, lane));
+}
+
+// What the next phase will read and nobody writes, brought into L2 before the grid barrier.
+__device__ void prefetch_phase(const Phase& next, const Step& step, uint8_t* x_room, Control& control, int warp, int lane) {
+  if (next.matmul.kind == kAttention) {
+    attend(next.attention, step, x_room, control, warp, lane, true);
+  } else if (next.matmul.source == kNorm) {
+    const int line = blockIdx.x * kConsumers + warp * 32 + lane;  // a few blocks share it out
+    if (line * 32 < next.matmul.k) {
+      prefetch(next.matmul.norm + line * 32);
+      if (next.matmul.delta_norm != nullptr) prefetch(next.matmul.delta_norm + line * 32);
+    }
+  }
+}
+
+// A share of the step's activations, quantized once for all blocks.
+__device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, int lane) {
+  const int tokens = step.num_tokens;
+  const Activations x(step.prepared, phase.units, tokens);
+  for (int pair = blockIdx.x * kConsumerWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kConsumerWarps) {
+    Batch<1> batch;
+    batch.unit[0] = pair / tokens, batch.token[0] = pair % tokens, batch.is_there[0] = true;
+    const int column = batch.unit[0] * kUnitColumns + 8 * lane;
+    batch.value[0] = Floats8{};
+    if (column < phase.k) batch.value[0] = load8(phase.x + static_cast<int64_t>(batch.token[0]) * phase.k + column);
+    if (phase.source == kNorm) {
+      const float scale = phase.delta_norm != nullptr ? measure_delta(phase, batch.token[0], lane) : 1.0f;
+      const auto delta_scale = [scale](int) { return scale; };
+      enter_norm<1>(phase, tokens, delta_scale, step.prepared_squares, lane, batch, [](int, int) { return true; });
+    }
+    quantize_batch<1>(batch, tokens, lane, x);
+  }
+}
+
+// Units first .. first + count - 1 of the prepared activations into shared memory.
+__device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int first, int count, const Activations& x,
+                              Control& control, uint32_t parity, int warp, int lane) {
+  const int tokens = step.num_tokens;
+  const Activations from(step.prepared, phase.units, tokens);
+  if (warp == 0 && lane == 0) {
+    proxy_fence();
+    mbarrier_arrive_expect(&control.x_full, count * tokens * 544);
+    bulk_copy(x.codes, from.codes + first * tokens * 512, count * tokens * 512, &control.x_full);
+    bulk_copy(x.sums, from.sums + first * tokens * 8, count * tokens * 32, &control.x_full);
+  }
+  for (int i = warp * 32 + lane; i < count * tokens; i += kConsumers) x.scales[i] = __ldcg(from.scales + first * tokens + i);
+  mbarrier_wait(&control.x_full, parity);
+}
+
+template <int kMma>
+__device__ void consume(const Step& step, const uint8_t* ring, uint8_t* x_room, float* sums, Control& control, int warp,
+                        int lane) {
+  constexpr int kTokens = 4 * kMma;
+  const int tokens = step.num_tokens;
+  PhaseReader reader{step, control.phases[1], lane};
+  if (warp == 0) reader.fetch(0);
+  uint32_t stage = 0, dumps = 0, copies = 0;
+  for (int index = 0; index < step.num_phases; ++index) {
+    TRACE(0);
+    if (index > 0) {
+      prefetch_phase(reader.copies[index & 1], step, x_room, control, warp, lane);
+      if (warp == 0 && lane == 0) grid_wait(step.arrivals, index * gridDim.x);
+      __syncwarp();
+    }
+    named_barrier(kConsumerBarrier, kConsumers);
+    TRACE(1);
+    const Phase& current = reader.copies[index & 1];
+    if (current.matmul.kind == kAttention) {
+      if (warp == 0) reader.fetch(index + 1);
+      attend(current.attention, step, x_room, control, warp, lane, false);
+      named_barrier(kConsumerBarrier, kConsumers);  // the next phase's copy is there
+    } else if (current.matmul.kind == kPrepare) {
+      if (warp == 0) reader.fetch(index + 1);
+      prepare(current.matmul, step, warp, lane);
+      named_barrier(kConsumerBarrier, kConsumers);
+    } else {
+      const MatmulPhase& phase = current.matmul;
+      const Plan plan(phase, step);
+      if (phase.source == kNorm && phase.delta_norm != nullptr) {
+        for (int token = warp; token < tokens; token += kConsumerWarps) {
+          const float scale = measure_delta(phase, token, lane);
+          if (lane == 0) control.delta_scale[token] = scale;
+        }
+        named_barrier(kConsumerBarrier, kConsumers);
+      }
+      for (int pass = 0; pass < plan.num_passes(); ++pass) {
+        const int first = pass * plan.slabs_per_pass * kSlabUnits;
+        const int count = min(plan.slabs_per_pass * kSlabUnits, phase.units - first);
+        const Activations x(x_room, count, tokens);
+        if (pass > 0) named_barrier(kConsumerBarrier, kConsumers);  // nobody reads the last pass's codes now
+        if (phase.source == kPrepared) {
+          copy_prepared(phase, step, first, count, x, control, copies++ & 1, warp, lane);
+        } else {
+          const auto keeps = [&](int unit, int token) {  // every block computes the stream, one writes a piece
+            return (unit * kDirectTokens + token) % gridDim.x == blockIdx.x;
+          };
+          const auto delta_scale = [&](int token) { return control.delta_scale[token]; };
+          if (phase.units * tokens <= 2 * kConsumerWarps)
+            quantize_units<2>(phase, tokens, warp, kConsumerWarps, x, delta_scale, control.squares, lane, keeps);
+          else
+            quantize_units<4>(phase, tokens, warp, kConsumerWarps, x, delta_scale, control.squares, lane, keeps);
+        }
+        if (warp == 0 && pass == 0) reader.fetch(index + 1);
+        named_barrier(kConsumerBarrier, kConsumers);
+        TRACE(2);
+        plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
+          float acc[kMma][2] = {};
+          for (int begin = 0; begin < count; begin += kStageUnits) {
+            const uint32_t slot = stage % kMaxStages;
+            mbarrier_wait(&control.stage_full[slot], (stage / kMaxStages) & 1);
+            const int unit = begin + warp;
+            if (unit < count) {
+              const uint8_t* weights = ring + control.stage_offset[slot] + warp * segment.unit_bytes;
+              const UnitActivations ux{x.codes + unit * tokens * 512, x.sums + unit * tokens * 8, x.scales + unit * tokens};
+              unit_dot<kMma>(segment.format, weights, ux, tokens, lane, acc);
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&control.stage_empty[slot]);
+            ++stage;
+            if ((begin + kStageUnits) % kSlabUnits == 0 || begin + kStageUnits >= count) {  // a slab is through
+              const uint32_t buffer = dumps & 1;
+              mbarrier_wait(&control.sums_empty[buffer], ((dumps >> 1) & 1) ^ 1);
+              float* to = sums + (buffer * kConsumerWarps + warp) * kTileRows * kTokens;
+#pragma unroll
+              for (int j = 0; j < kMma; ++j)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                  to[(lane / 4 + 8 * r) * kTokens + 4 * j + lane % 4] = acc[j][r];
+                  acc[j][r] = 0;
+                }
+              __syncwarp();
+              if (lane == 0) mbarrier_arrive(&control.sums_full[buffer]);
+              ++dumps;
+            }
+          }
+        });
+      }
+    }
+    TRACE(3);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&control.phase_done);
+  }
+}
+
+__device__ __forceinline__ float activate(float gate, int activation) {
+  if (activation == kSilu) return gate / (1.0f + __expf(-gate));
+  const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + __expf(-2.0f * inner));  // gelu's tanh form: x / 2 * (1 + tanh(inner))
+}
+
+// Row factors of all tiles that this block takes in a phase: on their way before anybody asks for them.
+__device__ void fetch_factors(const MatmulPhase& phase, const Plan& plan, float* factors, int lane) {
+  const int parts = phase.kind == kGated ? 2 : 1;
+  for (int entry = lane / 4;; entry += 8) {
+    int tile = plan.first + entry / parts * gridDim.x, row = 0;
+    if (tile >= plan.items) break;
+    const Segment& segment = parts == 2 ? phase.segments[entry % 2] : Plan::locate(phase, tile, row);
+    copy16_async(factors + entry * kTileRows + 4 * (lane % 4), segment.row_factor + tile * kTileRows + 4 * (lane % 4));
+  }
+}
+
+template <int kMma>
+__device__ void finish(const Step& step, const float* sums, float* factors, Control& control, int lane) {
+  constexpr int kTokens = 4 * kMma, kValues = kTileRows * kTokens / 32;
+  const int tokens = step.num_tokens;
+  PhaseReader reader{step, control.phases[2], lane};
+  reader.fetch(0);
+  __syncwarp();
+  uint32_t dumps = 0;
+  float* between = step.sums + blockIdx.x * step.sums_stride;
+  for (int index = 0; index < step.num_phases; ++index) {
+    const MatmulPhase& phase = reader.copies[index & 1].matmul;
+    if (is_matmul(phase)) {
+      const Plan plan(phase, step);
+      fetch_factors(phase, plan, factors, lane);
+      reader.fetch(index + 1);
+      wait_copies();
+      __syncwarp();
+      const int passes = plan.num_passes();
+      for (int pass = 0; pass < passes; ++pass) {
+        const int slabs = min(plan.slabs_per_pass, plan.slabs - pass * plan.slabs_per_pass);
+        float gate[kValues], token_scale[kValues];
+        bool is_first = true;
+        plan.for_each(phase, [&](int number, int part, const Segment& segment, int tile, int first_row) {
+          float value[kValues];
+          float* kept = between + (2 * number + part) * kTileRows * kTokens;
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) value[i] = pass > 0 ? kept[lane + 32 * i] : 0.0f;
+          for (int slab = 0; slab < slabs; ++slab) {
+            const uint32_t buffer = dumps & 1;
+            mbarrier_wait(&control.sums_full[buffer], (dumps >> 1) & 1);
+            const float* from = sums + buffer * kConsumerWarps * kTileRows * kTokens + lane;
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) {
+              float slab_sum = 0;
+#pragma unroll
+              for (int w = 0; w < kConsumerWarps; ++w) slab_sum += from[w * kTileRows * kTokens + 32 * i];
+              value[i] += slab_sum;
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&control.sums_empty[buffer]);
+            ++dumps;
+          }
+          if (pass + 1 < passes) {
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) kept[lane + 32 * i] = value[i];
+            return;
+          }
+          if (is_first) {  // sums have come, so the squares are there as well
+            is_first = false;
+            float own = 1.0f;
+            if (phase.norm != nullptr) {
+              const float* squares = phase.source == kPrepared ? step.prepared_squares : control.squares;
+              for (int token = 0; token < tokens; ++token) {
+                const float scale = norm_scale(phase, squares, token, tokens, lane);
+                if (lane == token) own = scale;
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < kValues; ++i) token_scale[i] = __shfl_sync(~0u, own, (lane + 32 * i) % kTokens);
+          }
+          const float* factor = factors + (phase.kind == kGated ? 2 * number + part : number) * kTileRows;
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) {
+            const int row = (lane + 32 * i) / kTokens, token = (lane + 32 * i) % kTokens;
+            const bool is_there = tile * kTileRows + row < segment.n && token < tokens;
+            const float bias = segment.bias != nullptr && is_there ? segment.bias[tile * kTileRows + row] : 0.0f;
+            const float result = value[i] * factor[row] * token_scale[i] + bias;
+            float* out = phase.out + token * phase.out_stride + first_row + row;
+            if (phase.kind == kStore) {
+              if (is_there) *out = result;
+            } else if (part == 0) {
+              gate[i] = activate(result, phase.activation);
+            } else if (is_there) {
+              *out = gate[i] * result;
+            }
+          }
+        });
+      }
+    } else {
+      reader.fetch(index + 1);
+    }
+    mbarrier_wait(&control.phase_done, index & 1);
+    __threadfence();
+    __syncwarp();
+    if (lane == 0 && index + 1 < step.num_phases) add_release(step.arrivals, 1);
+    __syncwarp();
+  }
+}
+
+template <int kMma>
+__global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ Step step) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ Control control;
+  uint8_t* ring = shared;
+  uint8_t* x_room = ring + step.ring_bytes;
+  float* sums = reinterpret_cast<float*>(x_room + step.x_bytes);
+  float* factors = sums + kSumsBytes<kMma> / sizeof(float);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kMaxStages; ++i) {
+      mbarrier_init(&control.stage_full[i], 1);
+      mbarrier_init(&control.stage_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(&control.sums_full[i], kConsumerWarps);
+      mbarrier_init(&control.sums_empty[i], 1);
+    }
+    mbarrier_init(&control.phase_done, kConsumerWarps);
+    mbarrier_init(&control.x_full, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (threadIdx.x < step.num_tokens) {
+    control.rows.positions[threadIdx.x] = step.positions[threadIdx.x];
+    control.rows.sequences[threadIdx.x] = step.sequences[threadIdx.x];
+    control.rows.first_rows[threadIdx.x] = step.first_rows[threadIdx.x];
+  }
+  __syncthreads();
+  if (warp < kConsumerWarps) {
+    consume<kMma>(step, ring, x_room, sums, control, warp, lane);
+  } else if (warp == kConsumerWarps) {
+    produce(step, ring, control, lane);
+  } else {
+    finish<kMma>(step, sums, factors, control, lane);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd(step.arrivals + 1, 1u) == gridDim.x - 1) {
+    step.arrivals[0] = step.arrivals[1] = 0;  // all are through: ready for the next launch
+  }
+}
+
+template <int kMma>
+cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
+  const int bytes = step.ring_bytes + step.x_bytes + kSumsBytes<kMma> + step.factor_bytes;
+  if (const auto error = cudaFuncSetAttribute(run_step<kMma>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;  // refuses a grid that does not fit at once
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, run_step<kMma>, step);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Shared memory that a block of `mma` * 4 tokens can share out between ring and activations.
+int peregrine_step_room(int device, int mma, int* bytes) {
+  int most = 0;
+  const auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = most - static_cast<int>(sizeof(Control)) - (mma == 1 ? kSumsBytes<1> : mma == 2 ? kSumsBytes<2> : kSumsBytes<4>) - 128;
+  return error;
+}
+
+int peregrine_step(const Step* step, int mma, int blocks, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (mma) {
+    case 1: return launch<1>(*step, blocks, s);
+    case 2: return launch<2>(*step, blocks, s);
+    case 4: return launch<4>(*step, blocks, s);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+const char* peregrine_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+}
