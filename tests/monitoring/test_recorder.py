@@ -45,6 +45,16 @@ def test_counters_follow_totals_and_never_fall():
     assert found["peregrine_kv_blocks", (("state", "empty"),)] == 4
 
 
+def test_speculation_is_counted_under_the_names_of_vllm():
+    recorder = Recorder()
+    recorder.record_stats(stats(5, total_drafts=2, total_draft_tokens=9, total_accepted_tokens=4), 0)
+    recorder.record_stats(stats(6, total_drafts=3, total_draft_tokens=12, total_accepted_tokens=4), 0)
+    found = samples(recorder)
+    assert found["peregrine_spec_decode_num_drafts_total", ()] == 3
+    assert found["peregrine_spec_decode_num_draft_tokens_total", ()] == 12
+    assert found["peregrine_spec_decode_num_accepted_tokens_total", ()] == 4
+
+
 def test_timings_fill_the_histograms():
     recorder = Recorder()
     recorder.record_timings(RequestTimings("r", "stop", 5, 0, 3, 0.001, 0.02, 0.1, (0.03, 0.05)))
