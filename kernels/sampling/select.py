@@ -209,10 +209,10 @@ def bisect(
         least = tl.full((), 0x7FFFFFFF, tl.int32)
         most = tl.full((), -0x7FFFFFFF, tl.int32)
         for i in range(0, num, BLOCK):
-            at = i + tl.arange(0, BLOCK)
-            key = key_of(tl.load(logits_ptr + at, at < num, other=0.0))
-            least = tl.minimum(least, tl.min(tl.where(at < num, key, 0x7FFFFFFF), axis=0))
-            most = tl.maximum(most, tl.max(tl.where(at < num, key, -0x7FFFFFFF), axis=0))
+            index = i + tl.arange(0, BLOCK)
+            key = key_of(tl.load(logits_ptr + index, index < num, other=0.0))
+            least = tl.minimum(least, tl.min(tl.where(index < num, key, 0x7FFFFFFF), axis=0))
+            most = tl.maximum(most, tl.max(tl.where(index < num, key, -0x7FFFFFFF), axis=0))
         low, high = least.to(tl.int64), most.to(tl.int64)
         highest = high
         if (top_k > 0) & (top_k < vocab_size):  # the largest key that k logits reach
