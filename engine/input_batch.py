@@ -71,9 +71,11 @@ class InputBatch:
         for part, last in zip(output.scheduled, query_start[1:].tolist(), strict=True):
             if part.is_sampled:
                 sampled.append(part)
-                for i in range(num_rows := 1 + len(part.draft_token_ids)):
-                    sampled_rows.append(SampledRow(part.request, part.draft_token_ids[:i]))
-                    sampled_indices.append(last - num_rows + i)
+                first = last - 1 - len(part.draft_token_ids)
+                sampled_rows += [
+                    SampledRow(part.request, part.draft_token_ids[:i]) for i in range(last - first)
+                ]
+                sampled_indices += range(first, last)
         return StepInput(
             token_ids=torch.tensor(token_ids, dtype=torch.int64).to(self.device),
             metadata=kernels.AttentionMetadata(

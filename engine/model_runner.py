@@ -189,9 +189,11 @@ def _accept(sampled: Sequence[ScheduledRequest], tokens: list[SampledToken]) -> 
     first = 0
     for part in sampled:
         drafts = part.draft_token_ids
-        own = tokens[first : first + len(drafts) + 1]
-        kept[part.request.request_id] = own[: num_kept(drafts, [t.token_id for t in own])]
+        own = tokens[first : first + 1 + len(drafts)]
         first += len(own)
+        if drafts:
+            own = own[: num_kept(drafts, [t.token_id for t in own])]
+        kept[part.request.request_id] = own
     return kept
 
 
