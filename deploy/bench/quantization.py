@@ -19,8 +19,8 @@ from engine.checkpoint.loading import Checkpoint, open_checkpoint
 from engine.models.layerwise import DecoderLayers, vector_names
 from engine.quality import text
 from engine.quality.divergence import Divergence, compare, head_table, hidden_states
-from engine.quantization.allocation import Allocation, allocate, total_bytes
-from engine.quantization.candidates import candidate_formats
+from engine.quantization.allocation import Allocation, allocate, total_bytes, total_kl
+from engine.quantization.candidates import DEFAULT_BITS, candidate_formats
 from engine.quantization.choice import Choice, choose
 from engine.quantization.quantizers import gptq, plain_scales, round_to_nearest
 from engine.quantization.sensitivity import (
@@ -47,6 +47,7 @@ LLAMA_CPP_TYPES = (
     ("IQ4_XS", "IQ4_NL"),
     ("Q2_K", "IQ4_NL"),
 )
+_FEW_WIDTHS = (2, 3, 4, 8)
 _WINDOW, _CALIBRATION, _HELD_OUT, _MICRO_BATCH = 512, 24, 16, 4
 Quantize = Callable[[Tensor, Tensor], Tensor]
 """Dequantized weights from weights [N, K] and second moments of the input [K, K]."""
@@ -86,10 +87,28 @@ class Bench:
     def peregrine(self, bits: float, may_rotate: bool = True) -> dict[str, Any]:
         """The choice under `bits`, quantized the way `peregrine quantize` does."""
         method = "peregrine" if may_rotate else "peregrine-unrotated"
-        total = self.num_weights + self.vector_bytes // 4
-        max_bytes = int(bits * total / 8) - self.vector_bytes
+        max_bytes = self._matrix_bytes(bits)
         choice = choose(self.found, lambda tensors: allocate(tensors, max_bytes), may_rotate)
         return self.carried_out(method, f"{method}-{bits}", choice)
+
+    def estimate(self, bits: float, widths: Sequence[int], may_rotate: bool) -> dict[str, Any]:
+        """What the analysis expects of fewer widths or of no rotation; nothing is carried out."""
+        found = self.found.restricted(widths)
+        max_bytes = self._matrix_bytes(bits)
+        choice = choose(found, lambda tensors: allocate(tensors, max_bytes), may_rotate)
+        tensors = found.tensors(choice.rotated_layers)
+        return {
+            "model": self.name,
+            "method": "estimate",
+            "bits": bits,
+            "widths": ",".join(map(str, widths)),
+            "rotated_layers": len(choice.rotated_layers) if may_rotate else None,
+            "estimated_kl": round(total_kl(tensors, choice.formats), 5),
+        }
+
+    def _matrix_bytes(self, bits: float) -> int:
+        total = self.num_weights + self.vector_bytes // 4
+        return int(bits * total / 8) - self.vector_bytes
 
     def carried_out(self, method: str, directory: str, choice: Choice) -> dict[str, Any]:
         trial = Trial(directory, self.analysis, choice, self.held_out)
@@ -222,11 +241,27 @@ def run(
         return rows
 
 
-METHODS = ("rtn", "gptq", "hqq", "uniform", "depth", "ends", "peregrine", "unrotated", "llama.cpp")
+METHODS = (
+    "estimates",
+    "rtn",
+    "gptq",
+    "hqq",
+    "uniform",
+    "depth",
+    "ends",
+    "peregrine",
+    "unrotated",
+    "llama.cpp",
+)
 
 
 def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
     layers = bench.layers.config.num_layers
+    if "estimates" in methods:
+        for bits in (*BUDGETS, 5.0, 6.0):
+            for widths in (_FEW_WIDTHS, DEFAULT_BITS):
+                for may_rotate in (False, True):
+                    yield bench.estimate(bits, widths, may_rotate)
     for method, make in (("rtn", _rtn), ("gptq", _gptq), ("hqq", _hqq)):
         if method in methods:
             for name in UNIFORM.values():

@@ -13,7 +13,7 @@ time.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class Sensitivities:
         """In model order, with these layers rotated."""
         chosen = {t.name: t for layer in rotated_layers for t in self.rotated[layer]}
         return [chosen.get(t.name, t) for t in self.plain]
+
+    def restricted(self, widths: Collection[int]) -> "Sensitivities":
+        """With the candidates of these widths alone."""
+        return Sensitivities(
+            [_restricted(t, widths) for t in self.plain],
+            {layer: [_restricted(t, widths) for t in own] for layer, own in self.rotated.items()},
+        )
 
 
 class SensitivityAnalysis:
@@ -366,6 +373,11 @@ def _draw(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     error = p.neg_()
     error[torch.arange(len(drawn)), drawn] += 1
     return error, drawn
+
+
+def _restricted(tensor: TensorSensitivity, widths: Collection[int]) -> TensorSensitivity:
+    kept = tuple(c for c in tensor.candidates if Format.parse(c.format).bits in widths)
+    return replace(tensor, candidates=kept)
 
 
 def _to_json(result: TensorSensitivity) -> dict[str, object]:
