@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kernels.types import AttentionMetadata, AttentionWeights
 
-_BLOCK_KEYS = 32
+_TILE_VALUES = 4096  # of a tile's queries: rows times head_dim, so that shared memory suffices (100 KB)
+_KEY_VALUES = 4096
 _KEYS_PER_SPLIT = 256  # at least, of the longest context that the block table has room for
 _MAX_SPLITS = 16
 _PROGRAMS = 256  # about two for each SM of an H100: more of them gain nothing from splits
@@ -247,7 +248,9 @@ def paged_attention(
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[-1]
     num_seqs, max_blocks = metadata.block_table.shape
     group = num_heads // num_kv_heads
-    tile = max(1, (16 if num_tokens <= 16 * num_seqs else 64) // group)
+    block_dim = max(16, triton.next_power_of_2(dim))
+    most_rows = max(16, min(64, _TILE_VALUES // block_dim))
+    tile = max(1, (16 if num_tokens <= 16 * num_seqs else most_rows) // group)
     rows = max(16, triton.next_power_of_2(tile * group))
     num_tiles = num_tokens // tile + num_seqs
     splits = min(
@@ -257,7 +260,6 @@ def paged_attention(
     )
     parts = torch.empty(splits, num_tokens, num_heads, dim, device=query.device)
     lse = torch.empty(splits, num_tokens, num_heads, device=query.device)
-    block_dim = max(16, triton.next_power_of_2(dim))
     attend[(num_tiles, num_kv_heads, splits)](
         query.float().contiguous(),
         k_cache,
@@ -283,8 +285,9 @@ def paged_attention(
         TILE=tile,
         ROWS=rows,
         SEQS=triton.next_power_of_2(num_seqs),
-        KEYS=_BLOCK_KEYS,
+        KEYS=max(16, min(32, _KEY_VALUES // block_dim)),
         HAS_WINDOW=window is not None,
+        num_stages=2,
     )
     if splits == 1:
         return parts[0]

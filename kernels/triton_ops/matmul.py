@@ -22,18 +22,20 @@ _BLOCK_K = 128
 
 
 @triton.jit
-def _plane_codes(tile_ptr, lane, column, mask, WIDTH: tl.constexpr):
-    """The WIDTH bits of a plane that belong to column (0 to 31) of lane (0 to 15), int32."""
+def _plane_codes(data_ptr, plane, lane, column, mask, WIDTH: tl.constexpr):
+    """The WIDTH bits of a tile's plane, at offset `plane`, of column (0 to 31) and lane (0 to 15), int32."""
     quad = column // 4
-    byte = (quad // (8 // WIDTH)) * 64 + lane * 4 + column % 4
-    bits = tl.load(tile_ptr + byte, mask, other=0).to(tl.int32)
+    byte = plane + (quad // (8 // WIDTH)) * 64 + lane * 4 + column % 4
+    # The compiler does not see that a quad's bytes are one aligned word, and would load them one by one.
+    byte = tl.max_contiguous(tl.multiple_of(byte, (1, 4)), (1, 4))
+    bits = tl.load(data_ptr + byte, mask, other=0).to(tl.int32)
     return (bits >> (quad % (8 // WIDTH) * WIDTH)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
 def dequantize_tile(
     data_ptr,  # uint8 [blocks, block_bytes]
-    row,
+    row,  # int [A, B], as column and mask; columns are neighbours along B, from a multiple of 4
     column,
     mask,
     k,
@@ -45,17 +47,17 @@ def dequantize_tile(
 ):
     """float32 W at row and column, but for the row scale of `zero` and `sym`. LOW: bits of the low plane.
 
-    row and mask have the shape of the result; where the mask is off, the value is finite.
+    Where the mask is off, the value is finite.
     """
-    block_ptr = data_ptr + (row // 16).to(tl.int64) * block_bytes
+    block = (row // 16).to(tl.int64) * block_bytes
     lane = row % 16
-    tile_ptr = block_ptr + (column // 32) * (64 * BITS)
-    code = _plane_codes(tile_ptr, lane, column % 32, mask, LOW)
+    tile = block + (column // 32) * (64 * BITS)
+    code = _plane_codes(data_ptr, tile, lane, column % 32, mask, LOW)
     if BITS > LOW:
-        code |= _plane_codes(tile_ptr + 64 * LOW, lane, column % 32, mask, BITS - LOW) << LOW
+        code |= _plane_codes(data_ptr, tile + 64 * LOW, lane, column % 32, mask, BITS - LOW) << LOW
     code = code.to(tl.float32)
     group = column // group_size
-    param_ptr = block_ptr + k * (2 * BITS)
+    param_ptr = data_ptr + block + k * (2 * BITS)
     if KIND == 0:
         half_ptr = param_ptr.to(tl.pointer_type(tl.float16)) + group * 32 + lane
         scale = tl.load(half_ptr, mask, other=0.0).to(tl.float32)
@@ -143,9 +145,9 @@ def embed_packed(
 ):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + token).to(tl.int32)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     mask = column < k
-    rows = tl.full((BLOCK_K,), 0, tl.int32) + row
+    rows = tl.full((1, BLOCK_K), 0, tl.int32) + row
     values = dequantize_tile(data_ptr, rows, column, mask, k, block_bytes, group_size, BITS, LOW, KIND)
     if KIND > 0:
         values *= row_scales(data_ptr, row, row >= 0, block_bytes)
@@ -162,7 +164,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x has {k} columns, the weight {weight.k}")
     x = x.contiguous()
     out = torch.empty(num_tokens, weight.n, device=x.device)
-    block_m = 16 if num_tokens <= 16 else 64
+    block_m = 16 if num_tokens <= 16 else 32
     first = 0
     for part in weight.parts if isinstance(weight, StackedWeight) else (weight,):
         part_out = out[:, first:]
