@@ -130,7 +130,7 @@ def test_temperature_alone_draws_the_engines_token(backend, vocab, mode):
 
 
 @both
-@pytest.mark.parametrize(("vocab", "scale"), [(300, 1.0), (5003, 3.0), (4096, 0.05)])
+@pytest.mark.parametrize(("vocab", "scale"), [(300, 1.0), (2500, 3.0), (2048, 0.05)])
 def test_filters_keep_what_the_engine_keeps(backend, vocab, scale):
     """The engine draws in order of likelihood, the kernels in that of ids: other draws, same distribution.
 
@@ -301,7 +301,7 @@ def test_logprobs_are_the_models_own(backend, vocab):
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    vocab, rows = 3000, PLAIN + FILTERED
+    vocab, rows = 2100, PLAIN[:2] + FILTERED
     logits = random_logits(len(rows), vocab)
     together: Sampled = device.sample(logits, make_batch(rows), num_logprobs=3)
     for i in range(len(rows)):
@@ -311,7 +311,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_a_large_vocabulary():
-    vocab = (1 << 18) - 5 if DEVICE == "cuda" else 50_003
+    vocab = (1 << 18) - 5 if DEVICE == "cuda" else 30_003
     rows = [RowParams(top_p=0.95), RowParams(temperature=0.7, top_k=1000, top_p=0.99)]
     logits = random_logits(len(rows), vocab, 2.5)
     batch = make_batch(rows, seeds=[11, 12])
