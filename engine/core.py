@@ -1,25 +1,30 @@
 """EngineCore: the synchronous loop of schedule, run, update."""
 
 import time
+from typing import Any
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs, TokenOutput
-from engine.model_runner import ModelRunner, StepResult
+from engine.model_runner import Runner, StepResult, create_runner
 from engine.outputs import EngineStats, ModelInfo
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
 
 
 class EngineCore:
-    """One model on one device. Not thread-safe: whoever drives `step` also adds and aborts."""
+    """One model on one device. Not thread-safe: whoever drives `step` also adds and aborts.
+
+    Where the runner can, one step stays in flight between calls: the next one is planned and launched
+    before its results are waited for, so that the device never waits for the host.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         checkpoint = open_checkpoint(config.model)
-        self.runner = ModelRunner(config, checkpoint)
+        self.runner: Runner = create_runner(config, checkpoint)
         self.kv_cache = KVCacheManager(
             self.runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -31,6 +36,7 @@ class EngineCore:
             eos_token_ids=checkpoint.eos_token_ids,
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
         )
+        self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
         self._total_steps = 0
         self._total_prompt_tokens = 0
@@ -44,7 +50,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def warm_up(self) -> None:
         self.runner.warm_up()
@@ -71,20 +77,58 @@ class EngineCore:
         return ended
 
     def step(self) -> StepOutputs:
-        """Advance every scheduled sequence by one step."""
+        """Advance every scheduled sequence by one step; the outputs are those of one step."""
         start = time.monotonic()
-        plan = self.scheduler.schedule()
-        result = self.runner.execute(plan)
-        self._collect_prompt_logprobs(plan.preempted_ids, result)
-        sampled = {k: [t.token_id for t in tokens] for k, tokens in result.sampled.items()}
-        news = self.scheduler.update(plan, sampled)
-        outputs: list[TokenOutput] = []
-        for request, token_ids in news:
-            outputs += self._emit(request, result.sampled[request.request_id][: len(token_ids)])
+        if self.runner.runs_ahead:
+            outputs = self._step_ahead()
+        else:
+            plan = self._schedule()
+            outputs = self._update(plan, self.runner.execute(plan))
         end = time.monotonic()
         self._total_steps += 1
         self._last_step_s = end - start
         return StepOutputs(end, tuple(outputs), self.stats())
+
+    def _step_ahead(self) -> list[TokenOutput]:
+        """Launch the next step, take in the one before; the other way round where drafts need its tokens."""
+        previous = self._in_flight or self._launch()
+        self._in_flight = None
+        if previous is None:
+            return []
+        if self.scheduler.wants_drafts():
+            outputs = self._take_in(previous)
+            self._in_flight = self._launch()
+            return outputs
+        self._in_flight = self._launch()
+        return self._take_in(previous)
+
+    def _launch(self) -> tuple[SchedulerOutput, Any] | None:
+        plan = self._schedule()
+        if not plan.scheduled:
+            for request_id in plan.preempted_ids:
+                self.runner.forget(request_id)
+            return None
+        ticket = self.runner.launch(plan)
+        self.scheduler.run_ahead(plan)
+        return plan, ticket
+
+    def _take_in(self, step: tuple[SchedulerOutput, Any]) -> list[TokenOutput]:
+        plan, ticket = step
+        return self._update(plan, self.runner.collect(ticket))
+
+    def _schedule(self) -> SchedulerOutput:
+        plan = self.scheduler.schedule()
+        for request_id in plan.preempted_ids:
+            self._prompt_logprobs.pop(request_id, None)  # computed again from the start
+        return plan
+
+    def _update(self, plan: SchedulerOutput, result: StepResult) -> list[TokenOutput]:
+        self._collect_prompt_logprobs(plan, result)
+        sampled = {k: [t.token_id for t in tokens] for k, tokens in result.sampled.items()}
+        outputs: list[TokenOutput] = []
+        for request, token_ids in self.scheduler.update(plan, sampled):
+            outputs += self._emit(request, result.sampled[request.request_id][: len(token_ids)])
+        return outputs
 
     def stats(self) -> EngineStats:
         scheduler, pool = self.scheduler, self.kv_cache.pool
@@ -121,12 +165,13 @@ class EngineCore:
         outputs = [_output_of(request, token, None, is_last=False) for token in accepted]
         return [*outputs, _output_of(request, last, prompt_logprobs)]
 
-    def _collect_prompt_logprobs(self, preempted_ids: tuple[str, ...], result: StepResult) -> None:
-        for request_id in preempted_ids:
-            self._prompt_logprobs.pop(request_id, None)  # computed again from the start
-        for request_id, entries in result.prompt_logprobs.items():
-            request = self.scheduler.requests.get(request_id)
-            if request is not None and request.num_output_tokens == 0:
+    def _collect_prompt_logprobs(self, plan: SchedulerOutput, result: StepResult) -> None:
+        for part in plan.scheduled if result.prompt_logprobs else ():
+            request_id = part.request.request_id
+            entries = result.prompt_logprobs.get(request_id)
+            # Whoever was preempted while the step ran computes them again.
+            is_running = part.request.status is RequestStatus.RUNNING
+            if entries and is_running and part.request.num_output_tokens == 0:
                 self._prompt_logprobs.setdefault(request_id, []).extend(entries)
 
     def _forget(self, request_id: str) -> None:

@@ -54,10 +54,13 @@ class KVCacheManager:
         return True
 
     def cache_computed_blocks(self, request: Request) -> None:
-        """Make the request's full, computed blocks findable. Call after their step has run."""
+        """Make the request's full blocks of known tokens findable, once their step was launched.
+
+        Steps run in order: whoever finds a block reads it after it was written.
+        """
         if not self.enable_prefix_caching:
             return
-        num_full = request.num_computed_tokens // self.block_size
+        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
         self._extend_hashes(request, num_full)
         for i in range(request.num_remembered_blocks, num_full):
             self.pool.remember(request.block_ids[i], request.block_hashes[i])

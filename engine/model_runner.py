@@ -1,10 +1,12 @@
 """Runs scheduled steps on the device: weights, KV cache, forward pass, sampling."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +27,11 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, SchedulerOutput
 from engine.speculation import num_kept
 
+logger = logging.getLogger(__name__)
+
 _DEFAULT_CPU_KV_BYTES = 1 << 30
 _GPU_MEMORY_SHARE = 0.9
-_DEFAULT_TOKEN_BUDGET = {"cpu": 128, "cuda": 2048}
+DEFAULT_TOKEN_BUDGET = {"cpu": 128, "cuda": 2048}
 # One cap on what prompt logprobs materialise at a time: rows x vocabulary x 4 bytes.
 _LOGPROB_ROWS = 64
 
@@ -43,17 +47,66 @@ class StepResult:
     prompt_logprobs: dict[str, list[RawLogprobs]]
 
 
+class Runner(Protocol):
+    """What the core asks of a device.
+
+    Where `runs_ahead`, a second step may be launched before the first one's results are collected. Steps
+    run in the order of their launches.
+    """
+
+    info: ModelInfo
+    device: torch.device
+    num_blocks: int
+    max_model_len: int
+    token_budget: int
+    runs_ahead: bool
+
+    def launch(self, output: SchedulerOutput) -> Any:
+        """Begin a step; a ticket for `collect`. The runner reads what it needs of the requests at once."""
+        ...
+
+    def collect(self, ticket: Any) -> StepResult:
+        """Wait for a launched step."""
+        ...
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Compute one step; the KV cache holds its tokens afterwards."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that left the batch; unknown ids are ignored."""
+        ...
+
+    def warm_up(self) -> None:
+        """Do all first-call work before the first request."""
+        ...
+
+
+def create_runner(config: EngineConfig, checkpoint: Checkpoint) -> Runner:
+    """The fused CUDA kernels where GPU and checkpoint allow it, else torch on the configured device."""
+    if resolve_device(config).type == "cuda":
+        from engine.cuda import CudaModelRunner, UnsupportedError
+
+        try:
+            return CudaModelRunner(config, checkpoint)
+        except UnsupportedError as error:
+            logger.warning("the fused CUDA kernels cannot run this model, slower torch ops do: %s", error)
+    return ModelRunner(config, checkpoint)
+
+
 class ModelRunner:
-    """Owns the device's memory: the weights and the paged KV cache."""
+    """Runs steps with torch and the CPU's kernels; owns the device's memory: weights and paged KV cache."""
+
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
         self.config = config
-        self.device = _resolve_device(config)
+        self.device = resolve_device(config)
         if self.device.type == "cpu" and config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
             kernels.set_num_threads(config.num_threads)
         self.token_budget = config.token_budget or max(
-            _DEFAULT_TOKEN_BUDGET[self.device.type], config.max_num_seqs
+            DEFAULT_TOKEN_BUDGET[self.device.type], config.max_num_seqs
         )
         keep_packed = config.dtype == "auto"
         dtype = self._resolve_dtype()
@@ -70,12 +123,20 @@ class ModelRunner:
             # torch has only small ops left, and its idle OpenMP threads spin on the kernel threads' cores.
             torch.set_num_threads(1)
         kv_dtype = torch.float32 if self.device.type == "cpu" else dtype
-        self.num_blocks = self._size_kv_cache(shape.num_kv_bytes_per_token(kv_dtype.itemsize))
+        bytes_per_token = shape.num_kv_bytes_per_token(kv_dtype.itemsize)
+        self.num_blocks = size_kv_cache(config, self.max_model_len, bytes_per_token, self.device)
         self.kv_cache = KVCache.allocate(shape, self.num_blocks, config.block_size, kv_dtype, self.device)
         self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
         self.batch = InputBatch(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
         self.sampler = Sampler(shape.vocab_size, self.device)
         self.info = self._describe(checkpoint, keep_packed, dtype)
+
+    def launch(self, output: SchedulerOutput) -> StepResult:
+        """The step is computed at once; its ticket is its result."""
+        return self.execute(output)
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepResult:
@@ -91,7 +152,7 @@ class ModelRunner:
             return StepResult({}, prompt_logprobs)
         rows = hidden if len(step.rows) == len(hidden) else hidden[step.sampled_indices]
         tokens = self.sampler.sample(self.model.logits(rows), step.rows)
-        return StepResult(_accept(step.sampled, tokens), prompt_logprobs)
+        return StepResult(accept(step.sampled, tokens), prompt_logprobs)
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that left the batch."""
@@ -144,31 +205,6 @@ class ModelRunner:
         # CPUs without bf16 arithmetic run float32 matmuls five times as fast.
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
-    def _size_kv_cache(self, bytes_per_token: int) -> int:
-        config, bytes_per_block = self.config, bytes_per_token * self.config.block_size
-        if config.num_blocks is not None:
-            return config.num_blocks
-        available = _available_bytes(self.device)
-        blocks_for_one = -(-self.max_model_len // config.block_size)
-        if config.kv_cache_bytes is not None:
-            wanted = config.kv_cache_bytes
-        elif self.device.type == "cpu":
-            wanted = max(_DEFAULT_CPU_KV_BYTES, blocks_for_one * bytes_per_block)
-        else:
-            wanted = int(available * _GPU_MEMORY_SHARE)
-        num_blocks = wanted // bytes_per_block
-        if wanted > available:
-            fitting = int(available * _GPU_MEMORY_SHARE) // bytes_per_token
-            raise OutOfMemoryError(
-                f"the KV cache wants {wanted / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are free "
-                f"(max_model_len {max(fitting, 0)} would fit)"
-            )
-        if num_blocks < 1:
-            raise OutOfMemoryError(
-                f"kv_cache_bytes {wanted} is less than one block ({bytes_per_block} bytes)"
-            )
-        return num_blocks
-
     def _describe(self, checkpoint: Checkpoint, keep_packed: bool, dtype: torch.dtype) -> ModelInfo:
         tensors = _weight_tensors(self.model)
         packed = keep_packed and not all(isinstance(t, Tensor) for t in tensors)
@@ -183,13 +219,48 @@ class ModelRunner:
         )
 
 
-def _accept(sampled: Sequence[ScheduledRequest], tokens: list[SampledToken]) -> dict[str, list[SampledToken]]:
+def size_kv_cache(
+    config: EngineConfig,
+    max_model_len: int,
+    bytes_per_token: int,
+    device: torch.device,
+    reserved_bytes: int = 0,
+) -> int:
+    """Blocks of the KV cache. `reserved_bytes` of what is free are left to others.
+
+    Raises:
+        OutOfMemoryError: not even one block fits, or less than was asked for.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    bytes_per_block = bytes_per_token * config.block_size
+    available = max(_available_bytes(device) - reserved_bytes, 0)
+    if config.kv_cache_bytes is not None:
+        wanted = config.kv_cache_bytes
+    elif device.type == "cpu":
+        wanted = max(_DEFAULT_CPU_KV_BYTES, -(-max_model_len // config.block_size) * bytes_per_block)
+    else:
+        wanted = int(available * _GPU_MEMORY_SHARE)
+    if wanted > available:
+        fitting = int(available * _GPU_MEMORY_SHARE) // bytes_per_token
+        raise OutOfMemoryError(
+            f"the KV cache wants {wanted / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are free "
+            f"(max_model_len {max(fitting, 0)} would fit)"
+        )
+    if wanted < bytes_per_block:
+        raise OutOfMemoryError(f"the KV cache gets {wanted} bytes, one block takes {bytes_per_block}")
+    return wanted // bytes_per_block
+
+
+def accept(
+    sampled: Sequence[ScheduledRequest], tokens: Sequence[SampledToken]
+) -> dict[str, list[SampledToken]]:
     """Of each request's k + 1 tokens, which stand in a row in `tokens`, those that count."""
     kept: dict[str, list[SampledToken]] = {}
     first = 0
     for part in sampled:
         drafts = part.draft_token_ids
-        own = tokens[first : first + 1 + len(drafts)]
+        own = list(tokens[first : first + 1 + len(drafts)])
         first += len(own)
         if drafts:
             own = own[: num_kept(drafts, [t.token_id for t in own])]
@@ -222,7 +293,8 @@ def _runs_natively(model: LlamaModel) -> bool:
     return kernels.backend_name() == "native" and not any(isinstance(w, Tensor) for w in matrices)
 
 
-def _resolve_device(config: EngineConfig) -> torch.device:
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Raises ParameterError where a GPU is asked for and there is none."""
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ParameterError("device", "cuda was asked for, but no CUDA GPU is visible (allowed: auto, cpu)")

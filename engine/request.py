@@ -37,8 +37,10 @@ class Request:
     """State of one sequence, owned by the Scheduler.
 
     `num_computed_tokens` counts the tokens whose keys and values lie in the KV cache; a request is in
-    prefill while more than one token is missing there. `block_ids` and `block_hashes` belong to the
-    KVCacheManager. `drafter` is there from the first decode step on where drafts are allowed.
+    prefill while more than one token is missing there. With a step in flight it counts that step's tokens
+    too, and `num_pending_tokens` those that the step samples: they are computed and drawn, but their ids are
+    still on the device. `block_ids` and `block_hashes` belong to the KVCacheManager. `drafter` is there from
+    the first decode step on where drafts are allowed.
     """
 
     __slots__ = (
@@ -50,6 +52,7 @@ class Request:
         "first_scheduled_time",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_remembered_blocks",
@@ -76,6 +79,7 @@ class Request:
         self.all_token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.all_token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_time: float | None = None
@@ -104,12 +108,12 @@ class Request:
 
     @property
     def num_missing_tokens(self) -> int:
-        """Tokens known but not yet in the KV cache: 1 while decoding."""
-        return len(self.all_token_ids) - self.num_computed_tokens
+        """Tokens known or pending, but not yet in the KV cache: 1 while decoding."""
+        return len(self.all_token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_missing_tokens == 1 and self.num_output_tokens > 0
+        return self.num_missing_tokens == 1 and self.num_output_tokens + self.num_pending_tokens > 0
 
     @property
     def can_use_prefix_cache(self) -> bool:

@@ -25,9 +25,13 @@ class ScheduledRequest:
 
     @property
     def is_sampled(self) -> bool:
-        """The chunk reaches the last known token, so the step yields a new one (and one for each draft)."""
-        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
-        return self.num_computed_tokens + num_known == self.request.num_tokens
+        """The chunk reaches the request's last token, so the step yields a new one (and one for each draft).
+
+        Holds until the step's results are taken in, also while the last token is pending (then the chunk ends
+        behind the known ones).
+        """
+        num_own = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return self.num_computed_tokens + num_own >= self.request.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,11 @@ class Scheduler:
     not exceed the cache's capacity.
 
     Drafts come last: they displace no decode, at most half of the prompt tokens, and nobody's blocks.
+
+    A step may be planned while the one before it runs (`run_ahead`): a decode then goes on behind a pending
+    token. One step at most may be in flight when `schedule` is called. A request that turns out to have
+    ended, or is preempted, has its tokens in flight dropped; their slots are written before any later step
+    uses them.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class Scheduler:
         self.total_drafts = 0
         self.total_draft_tokens = 0
         self.total_accepted_tokens = 0
+        self._in_flight: deque[SchedulerOutput] = deque()
         self._draft_policy = draft_policy if draft_policy and draft_policy.max_tokens > 0 else None
         self._clock = clock
 
@@ -128,6 +138,8 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: not r.is_decoding):
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
+            if request.num_pending_tokens and self._num_remaining(request) <= 0:
+                continue  # the pending token is its last one
             num_tokens = min(request.num_missing_tokens, budget)
             if self._make_room(request, num_tokens, preempted):
                 scheduled.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
@@ -151,6 +163,23 @@ class Scheduler:
             scheduled = [self._with_drafts(s, drafts.get(s.request.request_id, ())) for s in scheduled]
         return SchedulerOutput(tuple(scheduled))
 
+    def run_ahead(self, output: SchedulerOutput) -> None:
+        """The step was launched: go on planning before `update` takes its results in."""
+        self._in_flight.append(output)
+        self._advance(output)
+
+    def wants_drafts(self) -> bool:
+        """Whether the next step should wait for the one in flight, because drafts then pay.
+
+        What followed the known tokens before tells what the pending token is, and what comes after it. Also
+        true for drafts in flight: how many of them count is not known.
+        """
+        if self._draft_policy is None:
+            return False
+        if any(p.draft_token_ids for output in self._in_flight for p in output.scheduled):
+            return True
+        return bool(self._draft(is_pending=True))
+
     def update(
         self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]
     ) -> list[tuple[Request, Sequence[int]]]:
@@ -160,14 +189,18 @@ class Scheduler:
         skipped. Returns the requests with the new tokens that count (none after one that ends its
         request); finished ones have left the scheduler and carry their final status.
         """
+        if self._in_flight and self._in_flight[0] is output:
+            self._in_flight.popleft()
+        else:
+            self._advance(output)
         news: list[tuple[Request, Sequence[int]]] = []
         for part in output.scheduled:
             request = part.request
             if request.status is not RequestStatus.RUNNING:
                 continue
             token_ids = sampled.get(request.request_id, ())
+            request.num_pending_tokens -= part.is_sampled
             token_ids, status = self._append(request, token_ids)
-            request.num_computed_tokens += part.num_scheduled_tokens
             if num_drafts := len(part.draft_token_ids):
                 # Accepted drafts are tokens now, and computed. The slots of the others are written again.
                 num_accepted = len(token_ids) - 1
@@ -183,6 +216,13 @@ class Scheduler:
             if token_ids:
                 news.append((request, token_ids))
         return news
+
+    def _advance(self, output: SchedulerOutput) -> None:
+        for part in output.scheduled:
+            request = part.request
+            if request.status is RequestStatus.RUNNING:
+                request.num_computed_tokens += part.num_scheduled_tokens
+                request.num_pending_tokens += part.is_sampled
 
     def _append(
         self, request: Request, token_ids: Sequence[int]
@@ -201,15 +241,20 @@ class Scheduler:
             return RequestStatus.FINISHED_STOPPED
         if token_id in self.eos_token_ids and not params.ignore_eos:
             return RequestStatus.FINISHED_STOPPED
-        return RequestStatus.FINISHED_LENGTH if self._num_remaining(request) <= 0 else None
+        num_remaining = self._num_remaining(request) + request.num_pending_tokens
+        return RequestStatus.FINISHED_LENGTH if num_remaining <= 0 else None
 
     def _num_remaining(self, request: Request) -> int:
-        """Output tokens that the request may still get."""
-        room, max_tokens = self.max_model_len - request.num_tokens, request.params.max_tokens
-        return room if max_tokens is None else min(room, max_tokens - request.num_output_tokens)
+        """Output tokens that the request may still get behind its pending one."""
+        max_tokens, num_pending = request.params.max_tokens, request.num_pending_tokens
+        room = self.max_model_len - request.num_tokens - num_pending
+        return room if max_tokens is None else min(room, max_tokens - request.num_output_tokens - num_pending)
 
-    def _draft(self) -> dict[str, tuple[int, ...]]:
-        """Drafts of the decoding requests, by age, within what the token budget leaves to them."""
+    def _draft(self, is_pending: bool = False) -> dict[str, tuple[int, ...]]:
+        """Drafts of the decoding requests, by age, within what the token budget leaves to them.
+
+        Of those whose tokens are all known; with `is_pending` of the others, for their pending token and on.
+        """
         assert self._draft_policy is not None
         decoding = [r for r in self.running if r.is_decoding]
         budget = self.token_budget - len(decoding)
@@ -217,6 +262,8 @@ class Scheduler:
             budget //= 2  # prompts go on at half their pace at least
         drafts: dict[str, tuple[int, ...]] = {}
         for request in decoding:
+            if (request.num_pending_tokens > 0) != is_pending:
+                continue
             if request.drafter is None:
                 request.drafter = Drafter(self._draft_policy, request.all_token_ids)
             # The last token that a request may get needs no draft: it is sampled behind the others.
@@ -252,7 +299,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.kv_cache.free(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_pending_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)

@@ -1,5 +1,7 @@
 """From a checkpoint to a model: fuse, place, and check every shape."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,13 @@ def build_model(
     Raises:
         ModelLoadError: a tensor is missing, damaged or of the wrong shape.
     """
-    return LlamaModel(
-        checkpoint.config, _Builder(checkpoint, max_model_len, dtype, device, keep_packed).weights()
-    )
+    loader = WeightLoader(checkpoint, max_model_len, dtype, device, keep_packed)
+    return LlamaModel(checkpoint.config, loader.weights())
 
 
-class _Builder:
+class WeightLoader:
+    """Reads a checkpoint part by part. Packed matrices stay on the CPU, where they may be a mapped file."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -46,15 +49,32 @@ class _Builder:
             self.local_rope = (cos.to(device), sin.to(device))
 
     def weights(self) -> LlamaWeights:
-        config = self.config
-        embedding = self._linear([("model.embed_tokens", config.vocab_size)], config.hidden_size)
-        tied = config.tie_word_embeddings or not self.checkpoint.has("lm_head.weight")
+        """All of them, on the device."""
+        embedding = _move(self.embedding(), self.device)
+        head = self.head()
         return LlamaWeights(
             embedding=embedding,
-            layers=tuple((self._attention(i), self._ffn(i)) for i in range(config.num_layers)),
-            final_norm=self._norm("model.norm", config.hidden_size),
-            head=embedding if tied else self._linear([("lm_head", config.vocab_size)], config.hidden_size),
+            layers=tuple(_move_layer(self.layer(i), self.device) for i in range(self.config.num_layers)),
+            final_norm=self.final_norm(),
+            head=embedding if head is None else _move(head, self.device),
         )
+
+    def embedding(self) -> kernels.Weight:
+        config = self.config
+        return self._linear([("model.embed_tokens", config.vocab_size)], config.hidden_size)
+
+    def head(self) -> kernels.Weight | None:
+        """None where it is the embedding."""
+        config = self.config
+        if config.tie_word_embeddings or not self.checkpoint.has("lm_head.weight"):
+            return None
+        return self._linear([("lm_head", config.vocab_size)], config.hidden_size)
+
+    def final_norm(self) -> Tensor:
+        return self._norm("model.norm", self.config.hidden_size)
+
+    def layer(self, index: int) -> tuple[kernels.AttentionWeights, kernels.FFNWeights]:
+        return self._attention(index), self._ffn(index)
 
     def _attention(self, layer: int) -> kernels.AttentionWeights:
         config, prefix = self.config, f"model.layers.{layer}"
@@ -143,3 +163,21 @@ class _Builder:
             for (name, rows), has in zip(modules, present, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _move(weight: kernels.Weight, device: torch.device) -> kernels.Weight:
+    if isinstance(weight, kernels.StackedWeight):
+        return kernels.StackedWeight(tuple(replace(p, data=p.data.to(device)) for p in weight.parts))
+    if isinstance(weight, kernels.PackedWeight):
+        return replace(weight, data=weight.data.to(device))
+    return weight.to(device)
+
+
+def _move_layer(
+    layer: tuple[kernels.AttentionWeights, kernels.FFNWeights], device: torch.device
+) -> tuple[kernels.AttentionWeights, kernels.FFNWeights]:
+    attention, ffn = layer
+    return (
+        replace(attention, qkv=_move(attention.qkv, device), o=_move(attention.o, device)),
+        replace(ffn, gate_up=_move(ffn.gate_up, device), down=_move(ffn.down, device)),
+    )

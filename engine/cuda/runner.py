@@ -1,0 +1,209 @@
+"""Runs scheduled steps on a Hopper GPU; one step may be launched while another one runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.cuda.decode import DecodeProgram
+from engine.cuda.layout import MAX_DRAFTS, Layout, lay_out, max_lanes, needs_prompt_logprobs, num_tokens_of
+from engine.cuda.prefill import Chunk, Prefill, workspace_bytes
+from engine.cuda.results import Ticket, collect, logprobs_of, read_out
+from engine.cuda.rows import StepRows, mode_of
+from engine.cuda.weights import DeviceWeights, UnsupportedError, load_weights
+from engine.errors import ParameterError
+from engine.model_runner import DEFAULT_TOKEN_BUDGET, StepResult, resolve_device, size_kv_cache
+from engine.models.rope import rope_limit
+from engine.outputs import ModelInfo
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledRequest, SchedulerOutput
+from engine.speculation import DraftPolicy
+from kernels.cuda import build
+from kernels.cuda.program import BLOCK_TOKENS, MAX_TOKENS
+from kernels.sampling import Mode
+
+_HOPPER = (9, 0)
+
+
+class CudaModelRunner:
+    """Owns the GPU's memory: weights in fragment order, paged KV cache, the rows of a step.
+
+    Decodes (and short chunks) run as CUDA graphs of the fused kernel, 16 tokens at a time; other chunks run
+    in torch. All work is queued on one stream, in the order of the launches.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        """Raises UnsupportedError where the kernels cannot run the checkpoint on this machine."""
+        self.device = resolve_device(config)
+        _check_machine(config, self.device)
+        shape = checkpoint.config
+        max_drafts = DraftPolicy.for_device("cuda", config.speculative_tokens).max_tokens
+        if max_drafts > MAX_DRAFTS:
+            raise ParameterError("speculative_tokens", f"must be at most {MAX_DRAFTS} on a GPU")
+        self.token_budget = config.token_budget or max(DEFAULT_TOKEN_BUDGET["cuda"], config.max_num_seqs)
+        limit = rope_limit(shape)
+        self.max_model_len = min(config.max_model_len or limit, limit)
+        weights = load_weights(checkpoint, self.max_model_len, self.device)
+        chunk = min(self.token_budget, self.max_model_len)
+        reserved = workspace_bytes(shape, weights, chunk, self.max_model_len)
+        bytes_per_token = shape.num_kv_bytes_per_token(torch.bfloat16.itemsize)
+        self.num_blocks = size_kv_cache(config, self.max_model_len, bytes_per_token, self.device, reserved)
+        cache_shape = (self.num_blocks, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
+        caches = tuple(
+            (self._zeros(*cache_shape), self._zeros(*cache_shape)) for _ in range(shape.num_layers)
+        )
+        self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self.rows = StepRows(
+            max_lanes(config.max_num_seqs, max_drafts),
+            config.max_num_seqs,
+            self.max_model_len,
+            shape.vocab_size,
+            self.device,
+        )
+        self.decode = DecodeProgram(weights, shape, caches, self.rows, self.device)
+        self.prefill = Prefill(weights, shape, caches, self.rows.block_table, self.device)
+        self.info = _describe(config, checkpoint, weights, self.max_model_len)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._stream is not None:
+            torch.cuda.synchronize()  # what was made on the default stream is there
+
+    @torch.inference_mode()
+    def launch(self, output: SchedulerOutput) -> Ticket:
+        """Queue a step; nothing is waited for."""
+        with torch.cuda.stream(self._stream):
+            for request_id in output.preempted_ids:
+                self.forget(request_id)
+            layout = lay_out(output.scheduled)
+            self.rows.update_blocks(p.request for p in output.scheduled)
+            goes_on = self.rows.can_go_on(layout)
+            if not goes_on:
+                self.rows.load(layout)
+            self.rows.note(layout)
+            for i, lane in enumerate(layout.lanes):
+                sampled = [p for p in lane if p.is_sampled]
+                self.decode.run(
+                    i,
+                    num_tokens_of(lane),
+                    mode_of(sampled),
+                    has_logprobs=_want_logprobs(sampled),
+                    goes_on=goes_on,
+                )
+            prompt_logprobs = self._run_chunks(layout)
+            return read_out(layout, self.rows, prompt_logprobs)
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for a step's results. Raises EngineDeadError if the GPU does not deliver them."""
+        return collect(ticket)
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Launch a step and wait for it."""
+        return self.collect(self.launch(output))
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept for a request that left the batch; unknown ids are ignored."""
+        self.rows.forget(request_id)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture what greedy decoding needs, run the largest prefill and a sampled decode.
+
+        Writes into the KV cache's first blocks, which hold nothing yet.
+        """
+        num_tokens = max(1, min(self.token_budget, self.max_model_len - 1))
+        params = SamplingParams(top_p=0.9)
+        request = Request("warm-up", [0] * num_tokens, params, max_model_len=self.max_model_len + 1)
+        request.block_ids = list(range(min(-(-(num_tokens + 1) // BLOCK_TOKENS), self.num_blocks)))
+        self.execute(SchedulerOutput((ScheduledRequest(request, 0, num_tokens),)))
+        self.execute(SchedulerOutput((ScheduledRequest(request, num_tokens - 1, 1),)))
+        self.forget(request.request_id)
+        with torch.cuda.stream(self._stream):
+            self.rows.load(Layout((), ()))  # rows of padding, which write nothing
+            self.rows.note(Layout((), ()))
+            for n in range(MAX_TOKENS, 0, -1):
+                for goes_on in (False, False, True):  # the first run of its kind is not captured
+                    self.decode.run(0, n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _run_chunks(self, layout: Layout) -> dict[str, Tensor]:
+        """Compute the chunks and sample those that end their prompts; prompt logprobs by request id."""
+        if not layout.chunks:
+            return {}
+        hidden = self.prefill.forward([self._chunk(p) for p in layout.chunks])
+        prompt_logprobs: dict[str, Tensor] = {}
+        last, first = [], 0
+        for part in layout.chunks:
+            if needs_prompt_logprobs(part):
+                own = hidden[first : first + part.num_scheduled_tokens]
+                prompt_logprobs[part.request.request_id] = self._prompt_logprobs(part, own)
+            first += part.num_scheduled_tokens
+            if part.is_sampled:
+                last.append(first - 1)
+        sampled, first_lane = layout.sampled_chunks, len(layout.lanes)
+        for i in range(0, len(sampled), MAX_TOKENS):
+            group = sampled[i : i + MAX_TOKENS]
+            self.decode.sample_hidden(
+                first_lane + i // MAX_TOKENS,
+                torch.stack([hidden[row] for row in last[i : i + MAX_TOKENS]]),
+                mode_of(group),
+                has_logprobs=_want_logprobs(group),
+            )
+        return prompt_logprobs
+
+    def _chunk(self, part: ScheduledRequest) -> Chunk:
+        begin = part.num_computed_tokens
+        tokens = part.request.all_token_ids[begin : begin + part.num_scheduled_tokens]
+        return Chunk(self.rows.slot(part.request.request_id), begin, tokens)
+
+    def _prompt_logprobs(self, part: ScheduledRequest, hidden: Tensor) -> Tensor:
+        request, begin = part.request, part.num_computed_tokens + 1
+        end = min(begin + part.num_scheduled_tokens, request.num_prompt_tokens)
+        token_ids, num_top = request.all_token_ids[begin:end], request.params.prompt_logprobs or 0
+        pieces = [
+            logprobs_of(
+                self.decode.logits_of(hidden[i : i + MAX_TOKENS][: end - begin - i]),
+                token_ids[i : i + MAX_TOKENS],
+                num_top,
+            )
+            for i in range(0, end - begin, MAX_TOKENS)
+        ]
+        return torch.cat(pieces)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+
+
+def _want_logprobs(parts: Sequence[ScheduledRequest]) -> bool:
+    return any(p.request.params.logprobs is not None for p in parts)
+
+
+def _check_machine(config: EngineConfig, device: torch.device) -> None:
+    if config.dtype != "auto":
+        raise UnsupportedError(f"dtype {config.dtype} asks for dense weights")
+    if torch.cuda.get_device_capability(device) != _HOPPER:
+        raise UnsupportedError(f"{torch.cuda.get_device_name(device)} is no Hopper GPU")
+    try:
+        build.library()
+    except OSError as error:
+        raise UnsupportedError(str(error)) from None
+
+
+def _describe(
+    config: EngineConfig, checkpoint: Checkpoint, weights: DeviceWeights, max_model_len: int
+) -> ModelInfo:
+    matrices, vectors = weights.matrices, weights.vectors
+    return ModelInfo(
+        name=config.served_model_name or Path(config.model).name.removesuffix(".gguf"),
+        architecture=checkpoint.config.architecture,
+        num_parameters=sum(m.n * m.k for m in matrices) + sum(v.numel() for v in vectors),
+        max_model_len=max_model_len,
+        vocab_size=checkpoint.config.vocab_size,
+        weight_bytes=sum(m.nbytes for m in matrices) + sum(v.nbytes for v in vectors),
+        weight_format=checkpoint.weight_format,
+    )
