@@ -70,7 +70,7 @@ def packed_llama(directory: Path) -> Path:
 
 
 def packed_gemma(directory: Path) -> Path:
-    """Heads of 256, local and global layers, q and k norms, norms behind the blocks, gelu, tied embeddings."""
+    """Heads of 256, local and global layers, q and k norms, norms behind blocks, gelu, tied embeddings."""
     config = Gemma3TextConfig(
         vocab_size=199,
         hidden_size=256,
