@@ -13,7 +13,7 @@ from pathlib import Path
 from kernels.compilation import cached_library
 
 _SOURCES = Path(__file__).parent / "src"
-_FLAGS = ("-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC", "-shared", "--expt-relaxed-constexpr")
 
 
 def build() -> Path:

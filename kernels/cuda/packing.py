@@ -11,17 +11,18 @@ columns 8 q .. 8 q + 7: registers (h, r) = columns 4 h .. 4 h + 3 of row g + 8 r
     8-bit plane   [t][m][lane][h][r][byte]                             16 bytes a lane: one mma
     4-bit plane   [t][lane][m][h][byte], nibble r                      16 bytes a lane: two
     2-bit plane   [t / 2][lane][t % 2][m][byte], bits 2 (2 h + r)      16 bytes a lane: four
-    1-bit plane   [lane][t / 2][t % 2][byte], bit 4 m + 2 h + r        16 bytes a lane: the unit
+    1-bit plane   [lane][t / 2][t % 2][byte], bit _PLANE_BIT[m][h][r]  16 bytes a lane: the unit
 
 Parameters of a group of columns: [g][group][r] pairs of bytes (scale, zero), or of float16 (scale, offset) for
 `affine` formats; none where the row is the group. Row factors (float32 [N]) stay outside:
 
     zero, sym   W = row_factor * scale * (u * 2^(8 - bits) - zero)
-    row         W = row_factor * (u - 128)
+    row         W = row_factor * (u - 128), stored as the signed byte u - 128
     affine      W = scale * u + offset
 
-The kernel multiplies by 16-bit activations q, |q| <= 32512, and sums (u * 2^(8 - bits) - zero) * q over a group in
-32 bits: at most 255 * 32512 * 256 < 2^31, also on the way.
+The kernel multiplies by 16-bit activations q = 256 high + low, |q| <= 32512, and sums codes times high and
+codes times low over a group (for `row`, over a unit) as integers of at most 2^22: 240 * 128 * 128 for the
+second rows of a 4-bit plane, which are left in the high nibble; 128 * 128 * 256 for signed bytes.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from kernels.formats import Format, IntegerWeight, PackedWeight, StackedWeight, 
 UNIT_COLUMNS = 256
 TILE_ROWS = 16
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+_PLANE_BIT = (((2, 4), (3, 5)), ((0, 6), (1, 7)))  # few steps from where a 3-bit code needs its bit
 _ROWS_AT_A_TIME = 8192  # packed together: temporaries stay small
 
 
@@ -158,7 +160,7 @@ def dequantize(matrix: DeviceMatrix) -> Tensor:
     u = codes.float()
     factor = matrix.row_factor.view(-1, 1, 16, 1)
     if f.group == 0:
-        w = factor * (u - 128)
+        w = factor * codes.view(torch.int8).float()
     else:
         dtype = torch.float16 if f.kind == "affine" else torch.uint8
         params = matrix.data[..., at:].contiguous().view(dtype).view(*shape, 8, 256 // f.group, 2, 2)
@@ -210,7 +212,8 @@ def _units(piece: IntegerWeight, f: DeviceFormat, tiles: int, units: int) -> Ten
     """uint8 [tiles, units, unit_bytes]."""
     n, k = piece.codes.shape
     padding = (0, units * UNIT_COLUMNS - k, 0, tiles * TILE_ROWS - n)
-    codes = torch.nn.functional.pad(piece.codes, padding).view(tiles, 2, 8, units, 4, 2, 4, 2, 4)
+    signed = piece.codes ^ 128 if f.group == 0 else piece.codes
+    codes = torch.nn.functional.pad(signed, padding).view(tiles, 2, 8, units, 4, 2, 4, 2, 4)
     shift, parts = 0, []
     for width in _PLANES[f.bits]:
         parts.append(_plane((codes >> shift) & ((1 << width) - 1), width).reshape(tiles, units, -1))
@@ -234,7 +237,7 @@ def _plane(codes: Tensor, width: int) -> Tensor:
         two = packed.unflatten(2, (2, 2))  # tile, unit, t / 2, t % 2, g, q, m, byte
         return two.permute(0, 1, 2, 4, 5, 3, 6, 7)
     moved = weights.permute(0, 1, 3, 4, 2, 6, 5, 7, 8)  # tile, unit, g, q, t, byte, m, h, r
-    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device).view(2, 2, 2)
+    shifts = torch.tensor(_PLANE_BIT, dtype=torch.uint8, device=codes.device)
     return (moved << shifts).sum(dim=(-1, -2, -3), dtype=torch.uint8)
 
 
@@ -257,12 +260,9 @@ def _unplane(data: Tensor, width: int, shape: tuple[int, int]) -> Tensor:
         codes = spread.permute(0, 1, 8, 3, 2, 5, 4, 7, 6)
     else:
         one = data.reshape(*shape, 8, 4, 4, 4)  # g, q, t, byte
-        bits = ((one.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)) & 1).unflatten(
-            -1, (2, 2, 2)
-        )
-        codes = bits.permute(
-            0, 1, 8, 2, 4, 6, 3, 7, 5
-        )  # from g, q, t, byte, m, h, r to r, g, t, m, q, h, byte
+        shifts = torch.tensor(_PLANE_BIT, dtype=torch.uint8, device=device).flatten()
+        bits = ((one.unsqueeze(-1) >> shifts) & 1).unflatten(-1, (2, 2, 2))  # g, q, t, byte, m, h, r
+        codes = bits.permute(0, 1, 8, 2, 4, 6, 3, 7, 5)
     return codes.reshape(*shape, 16, 256)
 
 

@@ -20,7 +20,7 @@ _PLAIN, _NORM, _PREPARED = 0, 1, 2
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _SLAB_UNITS = 16
 _UNIT_BYTES_PER_TOKEN = 548  # codes, sums and scale of 256 activations
-_ITEM_HEADS, _MAX_SPLITS, _CONSUMER_WARPS = 4, 64, 8
+_ITEM_HEADS, _ITEM_COLUMNS, _MAX_SPLITS, _CONSUMER_WARPS = 8, 128, 64, 8
 _RESIDENT_X_BYTES = 72 << 10  # activations that may stay in shared memory; the ring gets the rest
 _MAX_DIRECT_TOKENS, _MAX_DIRECT_UNITS = 2, 256
 
@@ -246,10 +246,11 @@ class StepProgram:
         self._direct = _on_device(phases.direct, device)
         self._prepared = _on_device(phases.prepared, device)
         num_heads, num_kv_heads, head_dim = heads
-        groups = num_kv_heads * -(-(num_heads // num_kv_heads) // _ITEM_HEADS)
+        columns = min(head_dim, _ITEM_COLUMNS)
+        groups = num_kv_heads * -(-(num_heads // num_kv_heads) // _ITEM_HEADS) * (head_dim // columns)
         slots = MAX_TOKENS * groups * _MAX_SPLITS * _ITEM_HEADS
         self._arrivals = torch.zeros(2, dtype=torch.int32, device=device)
-        self._split_out = torch.empty(slots * head_dim, device=device)
+        self._split_out = torch.empty(slots * columns, device=device)
         self._split_lse = torch.empty(slots * 2, device=device)
         self._split_count = torch.zeros(MAX_TOKENS * groups, dtype=torch.int32, device=device)
         self._factor_bytes = phases.max_tiles * 16 * 4
@@ -258,7 +259,9 @@ class StepProgram:
         size = self._max_units * MAX_TOKENS
         self._activations = torch.empty(size * _UNIT_BYTES_PER_TOKEN, dtype=torch.uint8, device=device)
         self._squares = torch.empty(size, device=device)
-        self._attention_bytes = _CONSUMER_WARPS * _ITEM_HEADS * (head_dim + 2) * 4
+        # Queries in bfloat16, and what the warps of a block found.
+        self._attention_bytes = 2 * _ITEM_HEADS * (head_dim + 8) * 2
+        self._attention_bytes += _CONSUMER_WARPS * _ITEM_HEADS * (columns + 2) * 4
 
     def launch(self, num_tokens: int) -> None:
         """Run on the current stream.

@@ -3,20 +3,26 @@
 
 #include "async.cuh"
 #include "program.h"
+#include "units.cuh"
 
 constexpr float kCodeMax = 32512.0f;  // 127 * 256: the high byte stays within int8
 
 // Codes, sums of codes and scales of `units` units of `tokens` tokens, in shared or global memory.
 struct Activations {
   uint8_t* codes;   // [units][4 k64 tiles][2 * tokens][4][16], see UnitActivations
-  int32_t* sums;    // [units][4][tokens][2]
+  float* sums;      // [units][tokens][8]: of every 32 columns
   float* scales;    // [units][tokens]
 
   __device__ Activations(uint8_t* at, int units, int tokens)
       : codes(at),
-        sums(reinterpret_cast<int32_t*>(at + units * tokens * 512)),
+        sums(reinterpret_cast<float*>(at + units * tokens * 512)),
         scales(reinterpret_cast<float*>(at + units * tokens * 544)) {}
 };
+
+// Selector of __byte_perm: byte `from` of its two operands into byte `at` of the first one.
+constexpr __host__ __device__ int byte_into(int at, int from) {
+  return (0x3210 & ~(0xf << (4 * at))) | from << (4 * at);
+}
 
 // (unit, token) pairs of one warp: their loads are in flight together, and so are the reductions.
 template <int kBatch>
@@ -44,22 +50,22 @@ __device__ __forceinline__ void quantize_batch(const Batch<kBatch>& batch, int t
   const int tile = lane / 8, half = (lane / 4) % 2, column = lane % 4;
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const float inverse = largest[i] > 0 ? __fdividef(kCodeMax, largest[i]) : 0.0f;
+    // A little short, so that no quotient exceeds kCodeMax. Rounding by adding kMagic, see units.cuh.
+    const float inverse = largest[i] > 0 ? __fdividef(kCodeMax - 1, largest[i]) : 0.0f;
     uint32_t high[2] = {}, low[2] = {};
     sum[i] = 0;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      // A quotient may come out a little large: the code must not.
-      const int q = max(min(__float2int_rn(batch.value[i].v[e] * inverse), 32512), -32512);
+      const int q = __float_as_int(fmaf(batch.value[i].v[e], inverse, kMagic)) - kMagicBits;
       sum[i] += q;
-      high[e / 4] |= (static_cast<uint32_t>((q + 128) >> 8) & 255) << (8 * (e % 4));
-      low[e / 4] |= (static_cast<uint32_t>(q) & 255) << (8 * (e % 4));
+      high[e / 4] = __byte_perm(high[e / 4], q + 128, byte_into(e % 4, 5));
+      low[e / 4] = __byte_perm(low[e / 4], q, byte_into(e % 4, 4));
     }
     if (batch.is_there[i]) {
       uint8_t* to = x.codes + (((batch.unit[i] * 4 + tile) * 2 * tokens + 2 * batch.token[i]) * 4 + column) * 16 + half * 8;
       *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
       *reinterpret_cast<uint2*>(to + 64) = make_uint2(low[0], low[1]);
-      if (lane == 0) x.scales[batch.unit[i] * tokens + batch.token[i]] = largest[i] * (1.0f / kCodeMax);
+      if (lane == 0) x.scales[batch.unit[i] * tokens + batch.token[i]] = largest[i] * (1.0f / (kCodeMax - 1));
     }
   }
 #pragma unroll
@@ -68,7 +74,7 @@ __device__ __forceinline__ void quantize_batch(const Batch<kBatch>& batch, int t
   for (int i = 0; i < kBatch; ++i) {
     sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
     if (column == 0 && batch.is_there[i])
-      x.sums[((batch.unit[i] * 4 + tile) * tokens + batch.token[i]) * 2 + half] = sum[i];
+      x.sums[(batch.unit[i] * tokens + batch.token[i]) * 8 + 2 * tile + half] = static_cast<float>(sum[i]);
   }
 }
 
@@ -161,6 +167,6 @@ __device__ __forceinline__ float measure_delta(const MatmulPhase& phase, int tok
 __device__ __forceinline__ float norm_scale(const MatmulPhase& phase, const float* squares, int token, int tokens,
                                             int lane) {
   float square = 0;
-  for (int unit = lane; unit < phase.units; unit += 32) square += __ldcg(squares + unit * tokens + token);
+  for (int unit = lane; unit < phase.units; unit += 32) square += squares[unit * tokens + token];  // shared, or written in this launch and not read before
   return rsqrtf(lanes_sum(square) / phase.k + phase.eps);
 }

@@ -1,8 +1,11 @@
 // Attention of one step over the paged cache: rotary embedding, append, split-KV with grouped queries.
 //
-// An item is (token, key-value head, up to four of its query heads, split of the context). Where a split ends
-// depends on the token's position alone, so that a token's result does not depend on its batch. The last
-// block to finish a split of a head combines them in their order (flash decoding, Dao et al. 2023).
+// An item is (token, key-value head, up to eight of its query heads, up to 128 columns of the values, split of the
+// context). Where a split ends depends on the token's position alone, so that a token's result does not depend on
+// its batch. The producer streams an item's KV blocks through the ring like weights; this step's own keys and values
+// are put in their places there. Products run on the tensor cores in bfloat16, queries and probabilities as a sum
+// of two numbers each (rows g and g + 8 of operand A). The last block to finish a split of a head combines them in
+// their order (flash decoding, Dao et al. 2023).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,69 +13,116 @@
 #include "async.cuh"
 #include "program.h"
 
+#ifdef PEREGRINE_TRACE
+#define ATRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + step.num_phases / 2 ) * 8 + (k)] = clock64()
+#else
+#define ATRACE(k)
+#endif
 constexpr int kBlockTokens = 16;
-constexpr int kChunk = kBlockTokens * kConsumerWarps;  // a KV block a warp
-constexpr int kSplitTokens = 2 * kChunk;  // short contexts stay whole: combining costs more than it saves
+constexpr int kSplitTokens = 256;  // short contexts stay whole: combining costs more than it saves
 constexpr int kMaxSplits = 64;
-constexpr int kItemHeads = 4;
+constexpr int kItemHeads = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kConsumerBarrier = 1;
-
-// Tokens of a split for a context of `length` tokens: doubled until kMaxSplits cover it.
-__device__ __forceinline__ int split_tokens(int length) {
-  int tokens = kSplitTokens;
-  while (tokens * kMaxSplits < length) tokens *= 2;
-  return tokens;
-}
-
-__device__ __forceinline__ void unpack_bf16(const uint4& raw, float (&v)[8]) {
-  const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = __uint_as_float(w[i] << 16);
-    v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-  }
-}
-
-__device__ __forceinline__ uint4 pack_bf16(const float (&v)[8]) {
-  uint32_t w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    w[i] = *reinterpret_cast<const uint32_t*>(&two);
-  }
-  return make_uint4(w[0], w[1], w[2], w[3]);
-}
 
 // Where a step's tokens are: Step's arrays, in shared memory.
 struct Rows {
   int32_t positions[kMaxTokens], sequences[kMaxTokens], first_rows[kMaxTokens];
 };
 
+struct Item {
+  int token, position;
+  int first;           // first key that is seen
+  int begin, end;      // keys of the split
+  int split, splits, kv_head, group, half, slot;
+
+  __device__ int first_block() const { return max(begin, first) / kBlockTokens; }
+  __device__ int num_blocks() const { return (end + kBlockTokens - 1) / kBlockTokens - first_block(); }
+};
+
+// KV blocks of a stage of the ring, at most 32 KB.
+__host__ __device__ constexpr int blocks_per_stage(int head_dim) { return 512 / head_dim; }
+__host__ __device__ constexpr int item_columns(int head_dim) { return head_dim < 128 ? head_dim : 128; }
+
+// fn(item): this block's items, one after the other.
+template <class Fn>
+__device__ __forceinline__ void for_each_item(const AttentionPhase& phase, const Step& step, const Rows& rows, Fn fn) {
+  const int heads_per_kv = phase.num_heads / phase.num_kv_heads;
+  const int groups = (heads_per_kv + kItemHeads - 1) / kItemHeads;
+  const int halves = phase.head_dim / item_columns(phase.head_dim);
+  int index = blockIdx.x;
+  for (int token = 0; token < step.num_tokens; ++token) {
+    const int position = rows.positions[token];
+    if (position < 0) continue;
+    const int first = phase.window > 0 ? max(0, position + 1 - phase.window) : 0;
+    int size = kSplitTokens;
+    while (size * kMaxSplits < position + 1) size *= 2;
+    const int first_split = first / size, splits = position / size + 1 - first_split;
+    const int count = phase.num_kv_heads * groups * halves * splits;
+    for (; index < count; index += gridDim.x) {
+      const int split = index % splits, head = index / splits;
+      const int begin = (first_split + split) * size;
+      fn(Item{token, position, first, begin, min(begin + size, position + 1), split, splits, head / halves / groups,
+              head / halves % groups, head % halves, token * phase.num_kv_heads * groups * halves + head});
+    }
+    index -= count;
+  }
+}
+
+__device__ __forceinline__ int64_t block_origin(const AttentionPhase& phase, int64_t block, int kv_head) {
+  return (block * phase.num_kv_heads + kv_head) * kBlockTokens * phase.head_dim;
+}
+
+__device__ __forceinline__ uint32_t pack2(float first, float second) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+__device__ __forceinline__ uint4 pack8(const Floats8& x) {
+  return make_uint4(pack2(x.v[0], x.v[1]), pack2(x.v[2], x.v[3]), pack2(x.v[4], x.v[5]), pack2(x.v[6], x.v[7]));
+}
+
+__device__ __forceinline__ float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
+
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 template <int kDim>
 struct SplitAttention {
-  struct Item {
-    int token, position, first, size, first_split, split, splits, kv_head, group, groups, heads_per_kv;
-  };
-  static constexpr int kLanes = kDim / 8;            // lanes that share a row, eight columns each
-  static constexpr int kRowsPerLoad = 32 / kLanes;
-  static constexpr int kLoads = kBlockTokens / kRowsPerLoad;
+  static constexpr int kLanes = kDim / 8;               // lanes of a head, eight columns each
+  static constexpr int kColumns = item_columns(kDim);
+  static constexpr int kOwn = kColumns / 8;             // columns of the values that a lane's row of operand B holds
+  static constexpr int kQueryStride = kDim + 8;         // bfloat16: rows fall on different banks
+  static constexpr int kPartStride = kColumns + 2;
 
   const AttentionPhase& phase;
   const Step& step;
-  const Rows& rows;  // shared
-  float* scratch;  // shared: [warps][kItemHeads][kDim + 2]
-  int* flag;       // shared
-  int warp, lane, part, column;
+  const Rows& rows;            // shared
+  __nv_bfloat16* queries;      // shared: [16][kQueryStride]
+  float* parts;                // shared: [warps][kItemHeads][kPartStride]
+  int* flag;                   // shared
+  int warp, lane, column;
 
-  __device__ SplitAttention(const AttentionPhase& phase, const Step& step, const Rows& rows, float* scratch, int* flag,
+  __device__ SplitAttention(const AttentionPhase& phase, const Step& step, const Rows& rows, uint8_t* room, int* flag,
                             int warp, int lane)
-      : phase(phase), step(step), rows(rows), scratch(scratch), flag(flag), warp(warp), lane(lane), part(lane % kLanes),
+      : phase(phase), step(step), rows(rows), queries(reinterpret_cast<__nv_bfloat16*>(room)),
+        parts(reinterpret_cast<float*>(room + 16 * kQueryStride * 2)), flag(flag), warp(warp), lane(lane),
         column(8 * (lane % kLanes)) {}
 
-  // A head of this step, normed and rotated; `row` is equal in all lanes of a group.
-  __device__ void load_rotated(const float* head, const float* norm, int position, float (&v)[8]) const {
-    Floats8 x = load8(head + column);
+  struct Rotary {
+    Floats8 cos, sin;
+  };
+
+  __device__ Rotary load_rotary(int position) const {
+    const int64_t at = static_cast<int64_t>(position) * (kDim / 2) + column % (kDim / 2);
+    return {load8(phase.cos + at), load8(phase.sin + at)};
+  }
+
+  // RMSNorm over a head where there is one, then the rotation; every group of kLanes lanes holds a whole head.
+  __device__ Floats8 rotate(Floats8 x, const float* norm, const Rotary& rotary) const {
     if (norm != nullptr) {
       float square = 0;
 #pragma unroll
@@ -83,233 +133,239 @@ struct SplitAttention {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x.v[i] *= scale * weight.v[i];
     }
-    const int64_t at = static_cast<int64_t>(position) * (kDim / 2) + column % (kDim / 2);
-    const Floats8 cos = load8(phase.cos + at), sin = load8(phase.sin + at);
-    const float sign = part < kLanes / 2 ? -1.0f : 1.0f;
+    const float sign = lane % kLanes < kLanes / 2 ? -1.0f : 1.0f;
+    Floats8 result;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float other = __shfl_xor_sync(~0u, x.v[i], kLanes / 2);
-      v[i] = x.v[i] * cos.v[i] + sign * other * sin.v[i];
+      result.v[i] = x.v[i] * rotary.cos.v[i] + sign * other * rotary.sin.v[i];
     }
+    return result;
   }
 
-  // fn(item): this block's items, one after the other.
-  template <class Fn>
-  __device__ void for_each(Fn fn) const {
+  // ring: next() waits for a stage, release() frees it. Returns it as it is after the phase's stages.
+  template <class Ring>
+  __device__ __noinline__ Ring run(Ring ring) {
+    for_each_item(phase, step, rows, [&](const Item& item) { one_item(item, ring); });
+    return ring;
+  }
+
+  template <class Ring>
+  __device__ void one_item(const Item& item, Ring& ring) {
     const int heads_per_kv = phase.num_heads / phase.num_kv_heads;
-    const int groups = (heads_per_kv + kItemHeads - 1) / kItemHeads;
-    int index = blockIdx.x;
-    for (int token = 0; token < step.num_tokens; ++token) {
-      const int position = rows.positions[token];
-      if (position < 0) continue;
-      const int first = phase.window > 0 ? max(0, position + 1 - phase.window) : 0;
-      const int size = split_tokens(position + 1);
-      const int first_split = first / size, splits = position / size + 1 - first_split;
-      const int count = phase.num_kv_heads * groups * splits;
-      for (; index < count; index += gridDim.x) {
-        const int split = index % splits, group = (index / splits) % groups, kv_head = index / splits / groups;
-        fn(Item{token, position, first, size, first_split, split, splits, kv_head, group, groups, heads_per_kv});
-      }
-      index -= count;
+    const int num_heads = min(kItemHeads, heads_per_kv - item.group * kItemHeads);
+    const int first_head = item.kv_head * heads_per_kv + item.group * kItemHeads;
+    const int first_row = rows.first_rows[item.token], first_new = rows.positions[first_row];
+    const float* own = phase.qkv + static_cast<int64_t>(item.token) * phase.qkv_stride;
+    const float* own_key = own + (phase.num_heads + item.kv_head) * kDim + column;
+    // One round trip to L2: a head of the queries by each warp, and the token's own key and value.
+    const Rotary rotary = load_rotary(item.position);
+    const Floats8 head = load8(own + (first_head + min(warp, num_heads - 1)) * kDim + column);
+    const Floats8 own_k = load8(own_key), own_v = load8(own_key + phase.num_kv_heads * kDim);
+    Floats8 q = rotate(head, phase.q_norm, rotary), low;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      q.v[i] = warp < num_heads ? q.v[i] * phase.scale * 1.44269504f : 0.0f;
+      low.v[i] = q.v[i] - rounded(q.v[i]);
     }
-  }
-
-  __device__ __noinline__ void run() {
-    for_each([&](const Item& item) { one_item(item); });
-  }
-
-  // Into L2, while others still compute this step's queries.
-  __device__ __noinline__ void prefetch_cache() const {
-    for_each([&](const Item& item) {
-      const int begin = (item.first_split + item.split) * item.size, end = min(begin + item.size, item.position + 1);
-      for (int base = begin + warp * kBlockTokens; base < end; base += kChunk) {
-        if (base + kBlockTokens <= item.first) continue;
-        const int64_t origin = cache_origin(item, base);
-        for (int byte = 128 * lane; byte < kBlockTokens * kDim * 2; byte += 128 * 32) {
-          prefetch(reinterpret_cast<const uint8_t*>(static_cast<__nv_bfloat16*>(phase.k_cache) + origin) + byte);
-          prefetch(reinterpret_cast<const uint8_t*>(static_cast<__nv_bfloat16*>(phase.v_cache) + origin) + byte);
-        }
-      }
-    });
-  }
-
-  __device__ int64_t cache_origin(const Item& item, int base) const {
-    const int64_t block =
-        step.block_table[rows.sequences[item.token] * step.block_table_stride + base / kBlockTokens];
-    return (block * phase.num_kv_heads + item.kv_head) * kBlockTokens * kDim;
-  }
-
-  __device__ void one_item(const Item& item) {
-    const auto [token, position, first, size, first_split, split, splits, kv_head, group, groups, heads_per_kv] = item;
-    const int num_heads = min(kItemHeads, heads_per_kv - group * kItemHeads);
-    const int first_head = kv_head * heads_per_kv + group * kItemHeads;
-    const int first_row = rows.first_rows[token], first_new = rows.positions[first_row];
-    const float* own = phase.qkv + static_cast<int64_t>(token) * phase.qkv_stride;
-    float q[kItemHeads][8], o[kItemHeads][8] = {}, largest[kItemHeads], total[kItemHeads] = {};
-#pragma unroll
-    for (int h = 0; h < kItemHeads; ++h) {
-      load_rotated(own + (first_head + min(h, num_heads - 1)) * kDim, phase.q_norm, position, q[h]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) q[h][i] *= phase.scale * 1.44269504f;
-      largest[h] = -1e30f;
+    if (lane < kLanes) {
+      *reinterpret_cast<uint4*>(queries + warp * kQueryStride + column) = pack8(q);
+      *reinterpret_cast<uint4*>(queries + (warp + 8) * kQueryStride + column) = pack8(low);
     }
-    const int begin = (first_split + split) * size, end = min(begin + size, position + 1);
-    for (int base = begin + warp * kBlockTokens; base < end; base += kChunk)
-      if (base + kBlockTokens > first) one_block(item, base, first_row, first_new, q, o, largest, total);
-
-    // Rows of one warp, then warps.
-    float* mine = scratch + warp * kItemHeads * (kDim + 2);
-#pragma unroll
-    for (int h = 0; h < kItemHeads; ++h) {
-      total[h] = lanes_sum<16, kLanes>(total[h]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) o[h][i] = lanes_sum<16, kLanes>(o[h][i]);
-      if (lane < kLanes) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) mine[h * (kDim + 2) + column + i] = o[h][i];
-      }
-      if (lane == 0) {
-        mine[h * (kDim + 2) + kDim] = largest[h];
-        mine[h * (kDim + 2) + kDim + 1] = total[h];
-      }
-    }
+    const uint4 new_key = pack8(rotate(own_k, phase.k_norm, rotary)), new_value = pack8(own_v);
     named_barrier(kConsumerBarrier, kConsumers);
-    const int slot_head = (token * phase.num_kv_heads + kv_head) * groups + group;
-    const int64_t slot = static_cast<int64_t>(slot_head) * kMaxSplits + split;
-    float* out = phase.out + static_cast<int64_t>(token) * phase.out_stride + first_head * kDim;
-    for (int i = warp * 32 + lane; i < num_heads * kDim; i += kConsumers) {
-      const float* head = scratch + (i / kDim) * (kDim + 2);
+    ATRACE(4);
+
+    float o[kColumns / 8][4] = {}, largest = -1e30f, total = 0;
+    const int first_block = item.first_block(), num_blocks = item.num_blocks();
+    for (int begin = 0; begin < num_blocks; begin += blocks_per_stage(kDim)) {
+      const int count = min(blocks_per_stage(kDim), num_blocks - begin);
+      uint8_t* stage = ring.next(count * kBlockTokens * kDim * 4);
+      ATRACE(5);
+      for (int i = 0; i < count; ++i) {
+        if ((begin + i) % kConsumerWarps != warp) continue;
+        uint8_t* keys = stage + i * kBlockTokens * kDim * 4;
+        uint8_t* values = keys + kBlockTokens * kDim * 2;
+        const int base = (first_block + begin + i) * kBlockTokens;
+        if (base + kBlockTokens > first_new) {
+          complete(item, base, first_row, first_new, new_key, new_value, keys, values);
+          proxy_fence();  // the ring's next copy comes after these stores
+        }
+        one_block(item, base, keys, values, o, largest, total);
+      }
+      ring.release();
+    }
+    ATRACE(6);
+    write_part(o, largest, total);
+    named_barrier(kConsumerBarrier, kConsumers);
+    ATRACE(7);
+    merge(item, num_heads, phase.out + static_cast<int64_t>(item.token) * phase.out_stride + first_head * kDim + item.half * kColumns);
+    named_barrier(kConsumerBarrier, kConsumers);  // queries, parts and flag are free again
+  }
+
+  // This step's keys and values into a block in shared memory, and the token's own into the cache; rows beyond the
+  // token become zero, since what lies there may be anything, also NaN.
+  __device__ void complete(const Item& item, int base, int first_row, int first_new, const uint4& new_key,
+                           const uint4& new_value, uint8_t* keys, uint8_t* values) const {
+    for (int at = max(base, first_new); at < base + kBlockTokens; ++at) {
+      uint4 k = new_key, v = new_value;
+      if (at < item.position) {  // another token of the same sequence
+        const int source = first_row + at - first_new;
+        const float* key = phase.qkv + static_cast<int64_t>(source) * phase.qkv_stride +
+                           (phase.num_heads + item.kv_head) * kDim + column;
+        k = pack8(rotate(load8(key), phase.k_norm, load_rotary(at)));
+        v = pack8(load8(key + phase.num_kv_heads * kDim));
+      } else if (at > item.position) {
+        k = v = make_uint4(0, 0, 0, 0);
+      }
+      const int byte = (at - base) * kDim * 2 + column * 2;
+      if (lane < kLanes) {
+        *reinterpret_cast<uint4*>(keys + byte) = k;
+        *reinterpret_cast<uint4*>(values + byte) = v;
+      }
+      if (at == item.position && lane < kLanes && item.group == 0 && item.half == 0) {
+        const int64_t block =
+            step.block_table[rows.sequences[item.token] * step.block_table_stride + base / kBlockTokens];
+        const int64_t to = block_origin(phase, block, item.kv_head) * 2 + byte;
+        *reinterpret_cast<uint4*>(static_cast<uint8_t*>(phase.k_cache) + to) = k;
+        *reinterpret_cast<uint4*>(static_cast<uint8_t*>(phase.v_cache) + to) = v;
+      }
+    }
+    __syncwarp();
+  }
+
+  // Sixteen keys and values, online softmax. Lane (g, q) = lane / 4, lane % 4: its row of operand A is head g (and
+  // the head's low part), of operand B key or column group g; columns of both products are permuted so that a lane
+  // reads 16 bytes at a time.
+  __device__ void one_block(const Item& item, int base, const uint8_t* keys, const uint8_t* values,
+                            float (&o)[kColumns / 8][4], float& largest, float& total) const {
+    const int g = lane / 4, q = lane % 4;
+    float s[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      const int chunk = 4 * i + q;  // of 8 columns
+      const uint4 high = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + 8 * chunk);
+      const uint4 low = *reinterpret_cast<const uint4*>(queries + (g + 8) * kQueryStride + 8 * chunk);
+      const uint32_t first[4] = {high.x, low.x, high.y, low.y}, second[4] = {high.z, low.z, high.w, low.w};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint4 k = *reinterpret_cast<const uint4*>(keys + (8 * n + g) * kDim * 2 + 16 * chunk);
+        mma_bf16(s[n], first, k.x, k.y);
+        mma_bf16(s[n], second, k.z, k.w);
+      }
+    }
+    float p[2][2], new_largest = largest;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = base + 8 * n + 2 * q + e;
+        p[n][e] = at >= item.first && at <= item.position ? s[n][e] + s[n][2 + e] : -1e30f;
+        new_largest = fmaxf(new_largest, p[n][e]);
+      }
+    new_largest = lanes_max<2>(new_largest);
+    const float factor = exp2f(largest - new_largest);
+    largest = new_largest;
+    total *= factor;
+    uint32_t a[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        p[n][e] = p[n][e] > -1e29f ? exp2f(p[n][e] - largest) : 0.0f;
+        total += p[n][e];
+      }
+      a[2 * n] = pack2(p[n][0], p[n][1]);
+      a[2 * n + 1] = pack2(p[n][0] - rounded(p[n][0]), p[n][1] - rounded(p[n][1]));
+    }
+#pragma unroll
+    for (int t = 0; t < kColumns / 8; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[t][e] *= factor;
+    // Column g * kOwn + t of the values is row g of operand B in product t.
+#pragma unroll
+    for (int part = 0; part < kOwn / 8; ++part) {
+      uint32_t v[4][4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {  // keys 2 q, 2 q + 1, 2 q + 8, 2 q + 9
+        const int row = 2 * q + (r % 2) + 8 * (r / 2);
+        const uint4 raw = *reinterpret_cast<const uint4*>(values + row * kDim * 2 + (item.half * kColumns + g * kOwn + 8 * part) * 2);
+        v[r][0] = raw.x, v[r][1] = raw.y, v[r][2] = raw.z, v[r][3] = raw.w;
+      }
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const int selector = t % 2 == 0 ? 0x5410 : 0x7632;
+        mma_bf16(o[8 * part + t], a, __byte_perm(v[0][t / 2], v[1][t / 2], selector),
+                 __byte_perm(v[2][t / 2], v[3][t / 2], selector));
+      }
+    }
+  }
+
+  __device__ void write_part(const float (&o)[kColumns / 8][4], float largest, float total) const {
+    const int g = lane / 4, q = lane % 4;
+    float* mine = parts + (warp * kItemHeads + g) * kPartStride;
+    total = lanes_sum<2>(total);
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int t = 0; t < kColumns / 8; ++t) mine[(2 * q + e) * kOwn + t] = o[t][e] + o[t][2 + e];
+    if (q == 0) mine[kColumns] = largest, mine[kColumns + 1] = total;
+  }
+
+  // Warps in their order, then splits in theirs.
+  __device__ void merge(const Item& item, int num_heads, float* out) const {
+    const int64_t slot = static_cast<int64_t>(item.slot) * kMaxSplits + item.split;
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
+      const int head = i / kColumns, column = i % kColumns;
+      const float* part = parts + head * kPartStride;
       float m = -1e30f, l = 0, v = 0;
 #pragma unroll
-      for (int w = 0; w < kConsumerWarps; ++w) m = fmaxf(m, head[w * kItemHeads * (kDim + 2) + kDim]);
+      for (int w = 0; w < kConsumerWarps; ++w) m = fmaxf(m, part[w * kItemHeads * kPartStride + kColumns]);
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) {
-        const float* part_of = head + w * kItemHeads * (kDim + 2);
-        const float factor = exp2f(part_of[kDim] - m);
-        l += part_of[kDim + 1] * factor;
-        v += part_of[i % kDim] * factor;
+        const float* of_warp = part + w * kItemHeads * kPartStride;
+        const float factor = exp2f(of_warp[kColumns] - m);
+        l += of_warp[kColumns + 1] * factor;
+        v += of_warp[column] * factor;
       }
-      if (splits == 1) {
-        out[i] = v / l;
+      if (item.splits == 1) {
+        out[head * kDim + column] = v / l;
       } else {
-        step.split_out[slot * kItemHeads * kDim + i] = v;
-        if (i % kDim == 0) {
-          step.split_lse[(slot * kItemHeads + i / kDim) * 2] = m;
-          step.split_lse[(slot * kItemHeads + i / kDim) * 2 + 1] = l;
+        step.split_out[(slot * kItemHeads + head) * kColumns + column] = v;
+        if (column == 0) {
+          step.split_lse[(slot * kItemHeads + head) * 2] = m;
+          step.split_lse[(slot * kItemHeads + head) * 2 + 1] = l;
         }
       }
     }
-    if (splits > 1) {
+    if (item.splits == 1) return;
+    named_barrier(kConsumerBarrier, kConsumers);
+    if (warp == 0 && lane == 0) {
       __threadfence();
-      named_barrier(kConsumerBarrier, kConsumers);
-      if (warp == 0 && lane == 0) {
-        __threadfence();
-        const bool is_last = atomicAdd(step.split_count + slot_head, 1u) == static_cast<uint32_t>(splits - 1);
-        if (is_last) step.split_count[slot_head] = 0;
-        __threadfence();
-        *flag = is_last;
-      }
-      named_barrier(kConsumerBarrier, kConsumers);
-      if (*flag) combine(slot - split, splits, num_heads, out);
+      const bool is_last = atomicAdd(step.split_count + item.slot, 1u) == static_cast<uint32_t>(item.splits - 1);
+      if (is_last) step.split_count[item.slot] = 0;
+      __threadfence();
+      *flag = is_last;
     }
-    named_barrier(kConsumerBarrier, kConsumers);  // scratch and flag are free again
+    named_barrier(kConsumerBarrier, kConsumers);
+    if (*flag) combine(slot - item.split, item.splits, num_heads, out);
   }
 
-  __device__ void combine(int64_t first_slot, int splits, int num_heads, float* out) {
-    for (int i = warp * 32 + lane; i < num_heads * kDim; i += kConsumers) {
-      const float* lse = step.split_lse + (first_slot * kItemHeads + i / kDim) * 2;
+  __device__ void combine(int64_t first_slot, int splits, int num_heads, float* out) const {
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
+      const int head = i / kColumns, column = i % kColumns;
+      const float* lse = step.split_lse + (first_slot * kItemHeads + head) * 2;
+      const float* from = step.split_out + (first_slot * kItemHeads + head) * kColumns + column;
       float m = -1e30f, l = 0, v = 0;
+#pragma unroll 8
       for (int s = 0; s < splits; ++s) m = fmaxf(m, __ldcg(lse + s * kItemHeads * 2));
 #pragma unroll 8
       for (int s = 0; s < splits; ++s) {
         const float factor = exp2f(__ldcg(lse + s * kItemHeads * 2) - m);
         l += __ldcg(lse + s * kItemHeads * 2 + 1) * factor;
-        v += __ldcg(step.split_out + (first_slot + s) * kItemHeads * kDim + i) * factor;
+        v += __ldcg(from + s * kItemHeads * kColumns) * factor;
       }
-      out[i] = v / l;
-    }
-  }
-
-  // Sixteen keys and values of one KV block, online softmax.
-  __device__ void one_block(const Item& item, int base, int first_row, int first_new, const float (&q)[kItemHeads][8], float (&o)[kItemHeads][8],
-                            float (&largest)[kItemHeads], float (&total)[kItemHeads]) {
-    const int position = item.position, first = item.first, kv_head = item.kv_head;
-    const int64_t origin = cache_origin(item, base);
-    uint4* keys = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.k_cache) + origin);
-    uint4* values = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.v_cache) + origin);
-    const int row = lane / kLanes;
-    uint4 k[kLoads], v[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      k[i] = __ldcg(keys + i * 32 + lane);
-      v[i] = __ldcg(values + i * 32 + lane);
-    }
-    if (base + kBlockTokens > first_new) {
-      // This step's own keys and values: from the projections, as the cache will hold them.
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = base + i * kRowsPerLoad + row;
-        const bool is_new = at >= first_new && at <= position;
-        if (__any_sync(~0u, is_new)) {
-          const int source = is_new ? first_row + at - first_new : first_row;
-          const float* heads = phase.qkv + static_cast<int64_t>(source) * phase.qkv_stride + phase.num_heads * kDim;
-          float key[8];
-          load_rotated(heads + kv_head * kDim, phase.k_norm, is_new ? at : first_new, key);
-          const Floats8 value = load8(heads + (phase.num_kv_heads + kv_head) * kDim + column);
-          if (is_new) {
-            k[i] = pack_bf16(key);
-            v[i] = pack_bf16(value.v);
-            if (at == position && item.group == 0) {
-              keys[i * 32 + lane] = k[i];
-              values[i * 32 + lane] = v[i];
-            }
-          }
-        }
-      }
-    }
-    float scores[kItemHeads][kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      float key[8];
-      unpack_bf16(k[i], key);
-      const int at = base + i * kRowsPerLoad + row;
-      const bool is_seen = at >= first && at <= position;
-#pragma unroll
-      for (int h = 0; h < kItemHeads; ++h) {
-        float s = 0;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) s += q[h][e] * key[e];
-        s = lanes_sum<kLanes / 2>(s);
-        scores[h][i] = is_seen ? s : -1e30f;
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < kItemHeads; ++h) {
-      float m = largest[h];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) m = fmaxf(m, scores[h][i]);
-      m = lanes_max<16, kLanes>(m);
-      const float factor = exp2f(largest[h] - m);
-      largest[h] = m;
-      total[h] *= factor;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) o[h][e] *= factor;
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      float value[8];
-      unpack_bf16(v[i], value);
-      const int at = base + i * kRowsPerLoad + row;
-      const bool is_seen = at >= first && at <= position;
-#pragma unroll
-      for (int h = 0; h < kItemHeads; ++h) {
-        const float p = is_seen ? exp2f(scores[h][i] - largest[h]) : 0.0f;
-        total[h] += p;
-        if (is_seen) {  // what lies in unused slots may be anything
-#pragma unroll
-          for (int e = 0; e < 8; ++e) o[h][e] += p * value[e];
-        }
-      }
+      out[head * kDim + column] = v / l;
     }
   }
 };

@@ -7,7 +7,6 @@ constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 32 * (kConsumerWarps + 2);  // and a producer and an epilogue warp
 constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 256;
-constexpr int kStageUnits = kConsumerWarps;  // one unit a warp
 constexpr int kSlabUnits = 16;  // float sums are closed every 4096 columns, whatever the batch
 constexpr int kMaxStages = 32;
 constexpr int kMaxTokens = 16;
@@ -78,9 +77,9 @@ struct Step {
   int64_t block_table_stride;
   float* sums;       // [blocks, max items * 2, 16 * tokens]: row sums between passes over x
   int64_t sums_stride;  // floats a block
-  float* split_out;  // [slots, 4, head_dim]: attention of a split
-  float* split_lse;  // [slots, 4, 2]: its maximum and sum
-  uint32_t* split_count;  // [tokens * kv_heads * head groups]; zero between launches
+  float* split_out;  // [slots, 8, columns of an item]: attention of a split
+  float* split_lse;  // [slots, 8, 2]: its maximum and sum
+  uint32_t* split_count;  // [tokens * kv_heads * head groups * halves]; zero between launches
   uint8_t* prepared;      // Activations of the widest x
   float* prepared_squares;  // [units][tokens]
   int32_t ring_bytes, x_bytes, factor_bytes, slabs_that_fit;

@@ -14,12 +14,16 @@
 #include "units.cuh"
 
 #ifdef PEREGRINE_TRACE
-#define TRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + index) * 4 + (k)] = clock64()
+#define TRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + index) * 8 + (k)] = clock64()
 #else
 #define TRACE(k)
 #endif
 
 namespace {
+
+// Ring, activations, sums, row factors. The ring comes first, so that a place in it is an offset here: through a
+// pointer kept in a structure the compiler would lose that it is shared memory.
+extern __shared__ __align__(128) uint8_t shared[];
 
 template <int kMma>
 constexpr int kSumsBytes = 2 * kConsumerWarps * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
@@ -28,13 +32,13 @@ struct Control {
   uint64_t stage_full[kMaxStages], stage_empty[kMaxStages];
   uint64_t sums_full[2], sums_empty[2];
   uint64_t phase_done;
-  uint32_t stage_offset[kMaxStages];
   uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
   uint64_t x_full;
   float squares[kMaxDirectUnits * kDirectTokens];
   float delta_scale[kMaxTokens];
   Rows rows;
   int flag;
+  alignas(16) uint8_t zeros[512];
   alignas(16) Phase phases[3][2];  // copies of producer, consumers, epilogue: this phase and the next
 };
 
@@ -82,79 +86,151 @@ struct Plan {
 
 __device__ bool is_matmul(const MatmulPhase& phase) { return phase.kind == kStore || phase.kind == kGated; }
 
-// A warp's own copy of the phases: the next one is fetched while this one runs.
+// A warp's own copy of the phases: the next one is on its way while this one runs.
 struct PhaseReader {
   const Step& step;
   Phase (&copies)[2];
   int lane;
 
   __device__ void fetch(int index) {
-    if (index < step.num_phases) copies[index & 1].words[lane] = __ldg(step.phases[index].words + lane);
+    if (index < step.num_phases && lane < static_cast<int>(sizeof(Phase) / 16))
+      copy16_async(copies[index & 1].words + 2 * lane, step.phases[index].words + 2 * lane);
+  }
+
+  __device__ void wait() {
+    wait_copies();
+    __syncwarp();
   }
 };
 
-__device__ void produce(const Step& step, uint8_t* ring, Control& control, int lane) {
-  PhaseReader reader{step, control.phases[0], lane};
-  reader.fetch(0);
-  __syncwarp();
-  uint32_t head = 0, tail = 0;       // stages issued, stages known to be free again
-  uint32_t at = 0, free_bytes = step.ring_bytes;
-  for (int index = 0; index < step.num_phases; ++index) {
-    reader.fetch(index + 1);
-    const MatmulPhase& phase = reader.copies[index & 1].matmul;
-    if (is_matmul(phase) && lane == 0) {
-      const Plan plan(phase, step);
-      for (int pass = 0; pass < plan.num_passes(); ++pass) {
-        const int first = pass * plan.slabs_per_pass * kSlabUnits;
-        const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
-        plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
-          const uint32_t unit_bytes = segment.unit_bytes;
-          const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * unit_bytes;
-          for (int unit = first; unit < last; unit += kStageUnits) {
-            const uint32_t bytes = min(kStageUnits, last - unit) * unit_bytes;
-            const uint32_t skipped = at + bytes > step.ring_bytes ? step.ring_bytes - at : 0;
-            while (free_bytes < bytes + skipped || head - tail == kMaxStages) {
-              mbarrier_wait(&control.stage_empty[tail % kMaxStages], (tail / kMaxStages) & 1);
-              free_bytes += control.stage_taken[tail % kMaxStages];
-              ++tail;
-            }
-            if (skipped) at = 0;
-            const uint32_t slot = head % kMaxStages;
-            control.stage_taken[slot] = bytes + skipped;
-            free_bytes -= bytes + skipped;
-            control.stage_offset[slot] = at;
-            mbarrier_arrive_expect(&control.stage_full[slot], bytes);
-            stream_copy(ring + at, data, bytes, &control.stage_full[slot]);
-            data += bytes;
-            at += bytes;
-            ++head;
-          }
-        });
+// Both ends of the ring place stages alike: one after the other, none around the end.
+__device__ __forceinline__ uint32_t place(uint32_t& at, uint32_t bytes, uint32_t ring_bytes) {
+  if (at + bytes > ring_bytes) at = 0;
+  const uint32_t begin = at;
+  at += bytes;
+  return begin;
+}
+
+// One or two units a warp: two hide each other's latencies, but a stage must stay small beside the ring.
+__device__ __forceinline__ int units_per_stage(const Segment& segment, const Step& step) {
+  return 4 * kSlabUnits * segment.unit_bytes <= step.ring_bytes ? kSlabUnits : kConsumerWarps;
+}
+
+struct RingWriter {
+  Control& control;
+  uint32_t ring_bytes, free_bytes;
+  uint32_t at = 0, head = 0, tail = 0;  // stages issued, stages known to be free again
+
+  // One thread: room for a stage; the copies into it must complete on `bar`.
+  __device__ uint8_t* open(uint32_t bytes, uint64_t*& bar) {
+    const uint32_t taken = bytes + (at + bytes > ring_bytes ? ring_bytes - at : 0);
+    while (free_bytes < taken || head - tail == kMaxStages) {
+      mbarrier_wait(&control.stage_empty[tail % kMaxStages], (tail / kMaxStages) & 1);
+      free_bytes += control.stage_taken[tail % kMaxStages];
+      ++tail;
+    }
+    control.stage_taken[head % kMaxStages] = taken;
+    free_bytes -= taken;
+    bar = &control.stage_full[head % kMaxStages];
+    mbarrier_arrive_expect(bar, bytes);
+    ++head;
+    return shared + place(at, bytes, ring_bytes);
+  }
+};
+
+struct RingReader {
+  Control* control;
+  uint32_t ring_bytes;
+  int lane;
+  uint32_t at = 0, stage = 0;
+
+  // A warp: the next stage, once it is there.
+  __device__ uint8_t* next(uint32_t bytes) {
+    mbarrier_wait(&control->stage_full[stage % kMaxStages], (stage / kMaxStages) & 1);
+    return shared + place(at, bytes, ring_bytes);
+  }
+
+  __device__ void release() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&control->stage_empty[stage % kMaxStages]);
+    ++stage;
+  }
+};
+
+__device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingWriter& writer) {
+  const Plan plan(phase, step);
+  for (int pass = 0; pass < plan.num_passes(); ++pass) {
+    const int first = pass * plan.slabs_per_pass * kSlabUnits;
+    const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
+    plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
+      const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * segment.unit_bytes;
+      const int stage_units = units_per_stage(segment, step);
+      for (int unit = first; unit < last; unit += stage_units) {
+        const uint32_t bytes = min(stage_units, last - unit) * segment.unit_bytes;
+        uint64_t* bar;
+        uint8_t* to = writer.open(bytes, bar);
+        stream_copy(to, data, bytes, bar);
+        data += bytes;
+      }
+    });
+  }
+}
+
+__device__ void stream_cache(const AttentionPhase& phase, const Step& step, const Rows& rows, RingWriter& writer, int lane) {
+  const int block_bytes = kBlockTokens * phase.head_dim * 2, per_stage = blocks_per_stage(phase.head_dim);
+  for_each_item(phase, step, rows, [&](const Item& item) {
+    const int* table = step.block_table + rows.sequences[item.token] * step.block_table_stride + item.first_block();
+    const int count = item.num_blocks();
+    for (int known = 0; known < count; known += 32) {
+      const int id = known + lane < count ? table[known + lane] : 0;
+      for (int begin = known; begin < min(known + 32, count); begin += per_stage) {
+        uint64_t* bar;
+        uint8_t* to = nullptr;
+        const int blocks = min(per_stage, count - begin);
+        if (lane == 0) to = writer.open(blocks * 2 * block_bytes, bar);
+        for (int i = 0; i < blocks; ++i) {
+          const int64_t block = __shfl_sync(~0u, id, begin - known + i);
+          if (lane != 0) continue;
+          const int64_t origin = block_origin(phase, block, item.kv_head) * 2;
+          bulk_copy(to + 2 * i * block_bytes, static_cast<const uint8_t*>(phase.k_cache) + origin, block_bytes, bar);
+          bulk_copy(to + (2 * i + 1) * block_bytes, static_cast<const uint8_t*>(phase.v_cache) + origin, block_bytes, bar);
+        }
+        __syncwarp();
       }
     }
+  });
+}
+
+__device__ void produce(const Step& step, Control& control, int lane) {
+  PhaseReader reader{step, control.phases[0], lane};
+  reader.fetch(0);
+  const uint32_t ring_bytes = step.ring_bytes;
+  RingWriter writer{control, ring_bytes, ring_bytes};
+  for (int index = 0; index < step.num_phases; ++index) {
+    reader.wait();
+    reader.fetch(index + 1);
+    const Phase& phase = reader.copies[index & 1];
+    if (phase.matmul.kind == kAttention) stream_cache(phase.attention, step, control.rows, writer, lane);
+    else if (is_matmul(phase.matmul) && lane == 0) stream_weights(phase.matmul, step, writer);
     __syncwarp();
   }
 }
 
-__device__ void attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control, int warp,
-                       int lane, bool only_prefetch) {
-  const auto with = [&](auto attention) { only_prefetch ? attention.prefetch_cache() : attention.run(); };
-  float* scratch = reinterpret_cast<float*>(x_room);
-  if (phase.head_dim == 64) with(SplitAttention<64>(phase, step, control.rows, scratch, &control.flag, warp, lane));
-  else if (phase.head_dim == 128) with(SplitAttention<128>(phase, step, control.rows, scratch, &control.flag, warp, lane));
-  else with(SplitAttention<256>(phase, step, control.rows, scratch, &control.flag, warp, lane));
+// By value: a reader that another function may change would live in memory.
+__device__ RingReader attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control,
+                             RingReader ring, int warp, int lane) {
+  const auto with = [&](auto attention) { return attention.run(ring); };
+  if (phase.head_dim == 64) return with(SplitAttention<64>(phase, step, control.rows, x_room, &control.flag, warp, lane));
+  if (phase.head_dim == 128) return with(SplitAttention<128>(phase, step, control.rows, x_room, &control.flag, warp, lane));
+  return with(SplitAttention<256>(phase, step, control.rows, x_room, &control.flag, warp, lane));
 }
 
-// What the next phase will read and nobody writes, brought into L2 before the grid barrier.
-__device__ void prefetch_phase(const Phase& next, const Step& step, uint8_t* x_room, Control& control, int warp, int lane) {
-  if (next.matmul.kind == kAttention) {
-    attend(next.attention, step, x_room, control, warp, lane, true);
-  } else if (next.matmul.source == kNorm) {
-    const int line = blockIdx.x * kConsumers + warp * 32 + lane;  // a few blocks share it out
-    if (line * 32 < next.matmul.k) {
-      prefetch(next.matmul.norm + line * 32);
-      if (next.matmul.delta_norm != nullptr) prefetch(next.matmul.delta_norm + line * 32);
-    }
+// What the next phase will read and nobody writes, brought into L2 before the grid barrier; blocks share it out.
+__device__ void prefetch_phase(const Phase& next, int lane) {
+  const int line = blockIdx.x * 32 + lane;
+  if (next.matmul.kind != kAttention && next.matmul.source == kNorm && line * 32 < next.matmul.k) {
+    prefetch(next.matmul.norm + line * 32);
+    if (next.matmul.delta_norm != nullptr) prefetch(next.matmul.delta_norm + line * 32);
   }
 }
 
@@ -192,32 +268,85 @@ __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int fi
   mbarrier_wait(&control.x_full, parity);
 }
 
-template <int kMma>
-__device__ void consume(const Step& step, const uint8_t* ring, uint8_t* x_room, float* sums, Control& control, int warp,
-                        int lane) {
-  constexpr int kTokens = 4 * kMma;
-  const int tokens = step.num_tokens;
+// The block's sums of a slab, by warp and row: two buffers between consumers and epilogue.
+struct SumsWriter {
+  float* sums;
+  Control& control;
+  int warp, lane;
+  uint32_t count = 0;
+
+  template <int kMma>
+  __device__ __forceinline__ void write(float (&acc)[kMma][2]) {
+    constexpr int kTokens = 4 * kMma;
+    const uint32_t buffer = count & 1;
+    mbarrier_wait(&control.sums_empty[buffer], ((count >> 1) & 1) ^ 1);
+    float* to = sums + (buffer * kConsumerWarps + warp) * kTileRows * kTokens + lane / 4 * kTokens + lane % 4;
+#pragma unroll
+    for (int j = 0; j < kMma; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        to[8 * r * kTokens + 4 * j] = acc[j][r];
+        acc[j][r] = 0;
+      }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&control.sums_full[buffer]);
+    ++count;
+  }
+};
+
+// One tile of 16 rows over `count` units of activations. Unit u is warp u % 8's, whatever the stages.
+template <class F, int kMma, bool kOne>
+__device__ __forceinline__ void tile_dot(const Activations& x, int count, int stage_units, int unit_bytes, int tokens,
+                                         uint32_t zeros, RingReader& ring, SumsWriter& sums) {
+  float acc[kMma][2] = {};
+  const UnitActivations all{shared_address(x.codes), shared_address(x.sums), shared_address(x.scales)};
+  const auto dot = [&](uint32_t weights, int unit) {
+    const int pairs = unit * tokens;
+    const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
+    unit_dot<F, kMma, kOne>(weights, ux, tokens, zeros, sums.lane, acc);
+  };
+  for (int begin = 0; begin < count; begin += stage_units) {
+    const int unit = begin + sums.warp, other = unit + kConsumerWarps;
+    const uint32_t weights =
+        shared_address(ring.next(min(stage_units, count - begin) * unit_bytes)) + sums.warp * unit_bytes;
+    if (kMma < 4 && stage_units > kConsumerWarps && other < count) {
+      dot(weights, unit);
+      dot(weights + kConsumerWarps * unit_bytes, other);
+    } else if (unit < count) {
+      dot(weights, unit);
+    }
+    ring.release();
+    if ((begin + stage_units) % kSlabUnits == 0 || begin + stage_units >= count) sums.write<kMma>(acc);
+  }
+}
+
+template <int kMma, bool kOne>
+__device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Control& control, int warp, int lane) {
+  const int tokens = kOne ? 1 : step.num_tokens;
   PhaseReader reader{step, control.phases[1], lane};
-  if (warp == 0) reader.fetch(0);
-  uint32_t stage = 0, dumps = 0, copies = 0;
+  if (warp == 0) {
+    reader.fetch(0);
+    reader.wait();
+  }
+  RingReader ring{&control, static_cast<uint32_t>(step.ring_bytes), lane};
+  SumsWriter sums{sums_room, control, warp, lane};
+  uint32_t copies = 0;
   for (int index = 0; index < step.num_phases; ++index) {
     TRACE(0);
-    if (index > 0) {
-      prefetch_phase(reader.copies[index & 1], step, x_room, control, warp, lane);
-      if (warp == 0 && lane == 0) grid_wait(step.arrivals, index * gridDim.x);
+    if (warp == 0 && index > 0) {
+      reader.wait();
+      prefetch_phase(reader.copies[index & 1], lane);
+      if (lane == 0) grid_wait(step.arrivals, index * gridDim.x);
       __syncwarp();
     }
     named_barrier(kConsumerBarrier, kConsumers);
     TRACE(1);
     const Phase& current = reader.copies[index & 1];
+    if (warp == 0) reader.fetch(index + 1);  // the copy before this one is not read any more
     if (current.matmul.kind == kAttention) {
-      if (warp == 0) reader.fetch(index + 1);
-      attend(current.attention, step, x_room, control, warp, lane, false);
-      named_barrier(kConsumerBarrier, kConsumers);  // the next phase's copy is there
+      ring = attend(current.attention, step, x_room, control, ring, warp, lane);
     } else if (current.matmul.kind == kPrepare) {
-      if (warp == 0) reader.fetch(index + 1);
       prepare(current.matmul, step, warp, lane);
-      named_barrier(kConsumerBarrier, kConsumers);
     } else {
       const MatmulPhase& phase = current.matmul;
       const Plan plan(phase, step);
@@ -245,39 +374,13 @@ __device__ void consume(const Step& step, const uint8_t* ring, uint8_t* x_room, 
           else
             quantize_units<4>(phase, tokens, warp, kConsumerWarps, x, delta_scale, control.squares, lane, keeps);
         }
-        if (warp == 0 && pass == 0) reader.fetch(index + 1);
         named_barrier(kConsumerBarrier, kConsumers);
         TRACE(2);
         plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
-          float acc[kMma][2] = {};
-          for (int begin = 0; begin < count; begin += kStageUnits) {
-            const uint32_t slot = stage % kMaxStages;
-            mbarrier_wait(&control.stage_full[slot], (stage / kMaxStages) & 1);
-            const int unit = begin + warp;
-            if (unit < count) {
-              const uint8_t* weights = ring + control.stage_offset[slot] + warp * segment.unit_bytes;
-              const UnitActivations ux{x.codes + unit * tokens * 512, x.sums + unit * tokens * 8, x.scales + unit * tokens};
-              unit_dot<kMma>(segment.format, weights, ux, tokens, lane, acc);
-            }
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&control.stage_empty[slot]);
-            ++stage;
-            if ((begin + kStageUnits) % kSlabUnits == 0 || begin + kStageUnits >= count) {  // a slab is through
-              const uint32_t buffer = dumps & 1;
-              mbarrier_wait(&control.sums_empty[buffer], ((dumps >> 1) & 1) ^ 1);
-              float* to = sums + (buffer * kConsumerWarps + warp) * kTileRows * kTokens;
-#pragma unroll
-              for (int j = 0; j < kMma; ++j)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                  to[(lane / 4 + 8 * r) * kTokens + 4 * j + lane % 4] = acc[j][r];
-                  acc[j][r] = 0;
-                }
-              __syncwarp();
-              if (lane == 0) mbarrier_arrive(&control.sums_full[buffer]);
-              ++dumps;
-            }
-          }
+          with_format(segment.format, [&](auto format) {
+            tile_dot<decltype(format), kMma, kOne>(x, count, units_per_stage(segment, step), segment.unit_bytes, tokens,
+                                                   shared_address(control.zeros), ring, sums);
+          });
         });
       }
     }
@@ -310,15 +413,15 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
   const int tokens = step.num_tokens;
   PhaseReader reader{step, control.phases[2], lane};
   reader.fetch(0);
-  __syncwarp();
   uint32_t dumps = 0;
   float* between = step.sums + blockIdx.x * step.sums_stride;
   for (int index = 0; index < step.num_phases; ++index) {
+    reader.wait();
     const MatmulPhase& phase = reader.copies[index & 1].matmul;
+    reader.fetch(index + 1);
     if (is_matmul(phase)) {
       const Plan plan(phase, step);
       fetch_factors(phase, plan, factors, lane);
-      reader.fetch(index + 1);
       wait_copies();
       __syncwarp();
       const int passes = plan.num_passes();
@@ -382,23 +485,18 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
           }
         });
       }
-    } else {
-      reader.fetch(index + 1);
     }
     mbarrier_wait(&control.phase_done, index & 1);
-    __threadfence();
-    __syncwarp();
+    __syncwarp();  // all lanes' rows are written; the release below covers them
     if (lane == 0 && index + 1 < step.num_phases) add_release(step.arrivals, 1);
     __syncwarp();
   }
 }
 
-template <int kMma>
+template <int kMma, bool kOne>
 __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ Step step) {
-  extern __shared__ __align__(128) uint8_t shared[];
   __shared__ Control control;
-  uint8_t* ring = shared;
-  uint8_t* x_room = ring + step.ring_bytes;
+  uint8_t* x_room = shared + step.ring_bytes;
   float* sums = reinterpret_cast<float*>(x_room + step.x_bytes);
   float* factors = sums + kSumsBytes<kMma> / sizeof(float);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -415,6 +513,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
     mbarrier_init(&control.x_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  if (threadIdx.x < sizeof(control.zeros) / 16) reinterpret_cast<uint4*>(control.zeros)[threadIdx.x] = uint4{};
   if (threadIdx.x < step.num_tokens) {
     control.rows.positions[threadIdx.x] = step.positions[threadIdx.x];
     control.rows.sequences[threadIdx.x] = step.sequences[threadIdx.x];
@@ -422,9 +521,9 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   }
   __syncthreads();
   if (warp < kConsumerWarps) {
-    consume<kMma>(step, ring, x_room, sums, control, warp, lane);
+    consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
   } else if (warp == kConsumerWarps) {
-    produce(step, ring, control, lane);
+    produce(step, control, lane);
   } else {
     finish<kMma>(step, sums, factors, control, lane);
   }
@@ -434,10 +533,10 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   }
 }
 
-template <int kMma>
+template <int kMma, bool kOne>
 cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
   const int bytes = step.ring_bytes + step.x_bytes + kSumsBytes<kMma> + step.factor_bytes;
-  if (const auto error = cudaFuncSetAttribute(run_step<kMma>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+  if (const auto error = cudaFuncSetAttribute(run_step<kMma, kOne>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
@@ -449,7 +548,7 @@ cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
   cooperative.val.cooperative = 1;
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, run_step<kMma>, step);
+  return cudaLaunchKernelEx(&config, run_step<kMma, kOne>, step);
 }
 
 }  // namespace
@@ -467,9 +566,9 @@ int peregrine_step_room(int device, int mma, int* bytes) {
 int peregrine_step(const Step* step, int mma, int blocks, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (mma) {
-    case 1: return launch<1>(*step, blocks, s);
-    case 2: return launch<2>(*step, blocks, s);
-    case 4: return launch<4>(*step, blocks, s);
+    case 1: return step->num_tokens == 1 ? launch<1, true>(*step, blocks, s) : launch<1, false>(*step, blocks, s);
+    case 2: return launch<2, false>(*step, blocks, s);
+    case 4: return launch<4, false>(*step, blocks, s);
     default: return cudaErrorInvalidValue;
   }
 }

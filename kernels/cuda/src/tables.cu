@@ -20,7 +20,7 @@ __device__ int code_at(const uint8_t* unit, int row, int column) {
     code = (unit[(pair * 32 + lane) * 16 + 4 * mma + byte] >> (2 * reg)) & 3;
   const uint8_t* plane = unit + kCodeBytes<kLow>;
   if constexpr (kBits - kLow == 1)
-    code |= ((plane[lane * 16 + pair * 8 + (tile % 2) * 4 + byte] >> (4 * half + reg)) & 1) << kLow;
+    code |= ((plane[lane * 16 + pair * 8 + (tile % 2) * 4 + byte] >> plane_bit(half, high, row / 8)) & 1) << kLow;
   if constexpr (kBits - kLow == 2) code |= ((plane[(pair * 32 + lane) * 16 + 4 * mma + byte] >> (2 * reg)) & 3) << kLow;
   return code;
 }
@@ -28,7 +28,7 @@ __device__ int code_at(const uint8_t* unit, int row, int column) {
 template <class F>
 __device__ float value_at(const uint8_t* unit, int row, int column, float row_factor) {
   const int code = code_at<F::kBits>(unit, row, column);
-  if constexpr (F::kGroup == 0) return row_factor * (code - 128);
+  if constexpr (F::kGroup == 0) return row_factor * static_cast<int8_t>(code);
   constexpr int kGroups = F::kGroup == 0 ? 1 : kUnitColumns / F::kGroup;
   const int at = ((row % 8) * kGroups + column / (F::kGroup == 0 ? 1 : F::kGroup)) * 2 + row / 8;
   const uint8_t* params = unit + kCodeBytes<F::kBits>;
@@ -67,7 +67,8 @@ __global__ void dequantize(Segment matrix, int units, int k, T* out) {
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     uint32_t a[4][4];
-    load_codes<F::kBits>(data, pair, lane, a);
+    load_codes<F::kBits>([&](int n) { return *reinterpret_cast<const uint4*>(data + n); },
+                         [&](int n) { return *reinterpret_cast<const uint2*>(data + n); }, pair, lane, a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = 128 * pair + 32 * i;
@@ -78,8 +79,8 @@ __global__ void dequantize(Segment matrix, int units, int k, T* out) {
         if constexpr (F::kAffine) {
           const __half2 v = reinterpret_cast<const __half2*>(params)[2 * group + r8];
           scale = __half2float(v.x), offset = __half2float(v.y);
-        } else if constexpr (F::kGroup == 0) {
-          offset = -128.0f * scale;
+        } else if constexpr (F::kSigned) {
+          offset = 0;
         } else {
           scale *= params[4 * group + 2 * r8];
           offset = -scale * params[4 * group + 2 * r8 + 1];
@@ -90,7 +91,8 @@ __global__ void dequantize(Segment matrix, int units, int k, T* out) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const int at = unit * kUnitColumns + column + 8 * (lane % 4) + e;
-          const int code = (a[i][2 * (e / 4) + r8] >> (8 * (e % 4))) & 255;
+          const int byte = (a[i][2 * (e / 4) + r8] >> (8 * (e % 4))) & 255;
+          const int code = F::kSigned ? static_cast<int8_t>(byte) : r8 == 0 ? byte : byte / kSecondRowFactor<F::kBits>;
           if (at < k) out[static_cast<int64_t>(n) * k + at] = static_cast<T>(scale * code + offset);
         }
       }
@@ -99,23 +101,8 @@ __global__ void dequantize(Segment matrix, int units, int k, T* out) {
 }
 
 template <class Fn>
-int with_format(int format, Fn fn) {
-  switch (format) {
-    case 0: fn(UnitFormat<2, 32, false>{}); break;
-    case 1: fn(UnitFormat<2, 64, false>{}); break;
-    case 2: fn(UnitFormat<3, 64, false>{}); break;
-    case 3: fn(UnitFormat<3, 128, false>{}); break;
-    case 4: fn(UnitFormat<4, 64, false>{}); break;
-    case 5: fn(UnitFormat<4, 128, false>{}); break;
-    case 6: fn(UnitFormat<5, 128, false>{}); break;
-    case 7: fn(UnitFormat<6, 128, false>{}); break;
-    case 8: fn(UnitFormat<8, 0, false>{}); break;
-    case 9: fn(UnitFormat<4, 32, true>{}); break;
-    case 10: fn(UnitFormat<5, 32, true>{}); break;
-    case 11: fn(UnitFormat<8, 32, true>{}); break;
-    default: return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+int launch(int format, Fn fn) {
+  return with_format(format, fn) ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -124,7 +111,7 @@ extern "C" {
 
 int peregrine_embed(const Segment* table, int units, int k, const int* token_ids, float scale, float* out,
                     int* positions, int advance, int tokens, void* stream) {
-  return with_format(table->format, [&](auto f) {
+  return launch(table->format, [&](auto f) {
     embed<decltype(f)><<<tokens, 512, 0, static_cast<cudaStream_t>(stream)>>>(*table, units, k, token_ids, scale, out,
                                                                              positions, advance);
   });
@@ -133,7 +120,7 @@ int peregrine_embed(const Segment* table, int units, int k, const int* token_ids
 int peregrine_dequantize(const Segment* matrix, int units, int k, void* out, int is_float32, void* stream) {
   const int64_t warps = static_cast<int64_t>(matrix->num_tiles) * units;
   const int blocks = static_cast<int>((warps + 7) / 8);
-  return with_format(matrix->format, [&](auto f) {
+  return launch(matrix->format, [&](auto f) {
     const auto s = static_cast<cudaStream_t>(stream);
     if (is_float32) dequantize<decltype(f)><<<blocks, 256, 0, s>>>(*matrix, units, k, static_cast<float*>(out));
     else dequantize<decltype(f)><<<blocks, 256, 0, s>>>(*matrix, units, k, static_cast<__nv_bfloat16*>(out));

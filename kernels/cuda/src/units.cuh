@@ -3,157 +3,245 @@
 //
 // An activation code is 256 * high + low, both int8; they are two neighbouring columns of operand B, so that
 // one mma.m16n8k32 covers four tokens. Integer sums are exact: a token's result is the same bits in any batch.
+// Hopper runs integer ALU instructions at half the rate of float ones, and they bound this loop, so codes stay
+// where they lie in a byte (the second row's are then multiples), and integers become floats by their bits.
 #pragma once
 
 #include <cuda_fp16.h>
 
+#include "async.cuh"
 #include "program.h"
 
-__device__ __forceinline__ void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+constexpr int kMagicBits = 0x4b400000;      // 1.5 * 2^23 + v has the bits of v added to these, for |v| <= 2^22
+constexpr float kMagic = 12582912.0f;
+
+template <bool kSigned>
+__device__ __forceinline__ void mma_int8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kSigned)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <int kBits>
 constexpr int kCodeBytes = kTileRows * kUnitColumns * kBits / 8;
 
-// Operand A of the four mma of columns 128 * pair .. + 127.
+// What the codes of rows 8 to 15 are multiplied by, for being left where they lie.
 template <int kBits>
-__device__ __forceinline__ void load_codes(const uint8_t* unit, int pair, int lane, uint32_t (&a)[4][4]) {
+constexpr int kSecondRowFactor = kBits == 4 ? 16 : kBits < 4 ? 4 : 1;
+
+// Bit of a byte of the 1-bit plane that belongs to mma m, register (h, r).
+constexpr __host__ __device__ int plane_bit(int m, int h, int r) {
+  constexpr int kBits[2][2][2] = {{{2, 4}, {3, 5}}, {{0, 6}, {1, 7}}};
+  return kBits[m][h][r];
+}
+
+__device__ __forceinline__ uint32_t move_bits(uint32_t v, int from, int to) {
+  return from < to ? v << (to - from) : v >> (from - to);
+}
+
+// Operand A of the four mma of columns 128 * pair .. + 127. load16(n), load8(n): as many bytes from n on in the unit.
+template <int kBits, class Load16, class Load8>
+__device__ __forceinline__ void load_codes(Load16 load16, Load8 load8, int pair, int lane, uint32_t (&a)[4][4]) {
   static_assert(kBits == 2 || kBits == 3 || kBits == 4 || kBits == 5 || kBits == 6 || kBits == 8);
-  const uint4* vectors = reinterpret_cast<const uint4*>(unit);
   if constexpr (kBits == 8) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 v = vectors[(4 * pair + i) * 32 + lane];
+      const uint4 v = load16(((4 * pair + i) * 32 + lane) * 16);
       a[i][0] = v.x, a[i][1] = v.y, a[i][2] = v.z, a[i][3] = v.w;
     }
   } else if constexpr (kBits >= 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 v = vectors[(2 * pair + i) * 32 + lane];
+      const uint4 v = load16(((2 * pair + i) * 32 + lane) * 16);
       const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        a[2 * i + j / 2][2 * (j % 2)] = w[j] & 0x0f0f0f0f;
-        a[2 * i + j / 2][2 * (j % 2) + 1] = (w[j] >> 4) & 0x0f0f0f0f;
+        a[2 * i + j / 2][2 * (j % 2)] = w[j] & 0x0f0f0f0fu;
+        a[2 * i + j / 2][2 * (j % 2) + 1] = kBits == 4 ? w[j] & 0xf0f0f0f0u : (w[j] >> 4) & 0x0f0f0f0fu;
       }
     }
   } else {
-    const uint4 v = vectors[pair * 32 + lane];
+    const uint4 v = load16((pair * 32 + lane) * 16);
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) a[i][r] = (w[i] >> (2 * r)) & 0x03030303;
+      for (int r = 0; r < 4; ++r) a[i][r] = (r < 2 ? w[i] : w[i] >> 4) & (r % 2 == 0 ? 0x03030303u : 0x0c0c0c0cu);
   }
   constexpr int kLow = kBits == 8 ? 8 : kBits >= 4 ? 4 : 2;
-  const uint8_t* high = unit + kCodeBytes<kLow>;
+  constexpr int kHigh = kCodeBytes<kLow>;
   if constexpr (kBits - kLow == 1) {
-    const uint2 v = reinterpret_cast<const uint2*>(high)[2 * lane + pair];
+    const uint2 v = load8(kHigh + (2 * lane + pair) * 8);
     const uint32_t w[2] = {v.x, v.y};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int from = 4 * (i % 2) + r;  // bit of each byte
-        const uint32_t moved = from < kLow ? w[i / 2] << (kLow - from) : w[i / 2] >> (from - kLow);
-        a[i][r] |= moved & (0x01010101u << kLow);
+        const int to = kBits == 3 && r % 2 == 1 ? 4 : kLow;
+        a[i][r] |= move_bits(w[i / 2], plane_bit(i % 2, r / 2, r % 2), to) & (0x01010101u << to);
       }
   } else if constexpr (kBits - kLow == 2) {
-    const uint4 v = reinterpret_cast<const uint4*>(high)[pair * 32 + lane];
+    const uint4 v = load16(kHigh + (pair * 32 + lane) * 16);
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t moved = 2 * r < kLow ? w[i] << (kLow - 2 * r) : w[i] >> (2 * r - kLow);
-        a[i][r] |= moved & (0x03030303u << kLow);
-      }
+      for (int r = 0; r < 4; ++r) a[i][r] |= move_bits(w[i], 2 * r, kLow) & (0x03030303u << kLow);
   }
 }
 
-// Quantized activations of one unit, in shared memory.
+// Quantized activations of one unit: addresses in shared memory.
 struct UnitActivations {
-  const uint8_t* codes;  // [4 k64 tiles][2 * tokens][4][16]: lane's bytes of both mma of the tile
-  const int32_t* sums;   // [4][tokens][2]: of every 32 columns
-  const float* scales;   // [tokens]
+  uint32_t codes;   // int8 [4 k64 tiles][2 * tokens][4][16]: lane's bytes of both mma of the tile
+  uint32_t sums;    // float32 [tokens][8]: of every 32 columns
+  uint32_t scales;  // float32 [tokens]
 };
 
-// kGroup: columns that share parameters, 0 for the whole row. kAffine: float16 scale and offset a group, else
-// uint8 scale and zero point (of one step in 2^(8 - kBits)).
+// kGroup: columns that share parameters, 0 for the whole row (signed codes, no parameters). kAffine: float16 scale
+// and offset a group, else uint8 scale and zero point (of one step in 2^(8 - kBits)).
 template <int kBits_, int kGroup_, bool kAffine_>
 struct UnitFormat {
   static constexpr int kBits = kBits_, kGroup = kGroup_;
   static constexpr bool kAffine = kAffine_;
+  static constexpr bool kSigned = kGroup == 0;
+  static constexpr int kNumGroups = kGroup == 0 ? 1 : kUnitColumns / kGroup;
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128);
   static_assert(!kAffine || kGroup == 32);
+  static_assert(kGroup != 0 || kBits == 8);
+};
+
+__device__ __forceinline__ float byte_to_float(uint32_t word, int byte) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + byte)) - 8388608.0f;
+}
+
+// A group's parameters for both rows of a lane. W = scale * (factor * u - zero), or scale * u + offset.
+struct GroupParameters {
+  float scale[2], second[2];  // second: -zero, or offset
+};
+
+// All parameters of a lane's rows in a unit.
+template <class F>
+struct UnitParameters {
+  static constexpr int kWords = F::kSigned ? 1 : F::kNumGroups * (F::kAffine ? 2 : 1);
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ explicit UnitParameters(uint32_t from) {
+    if constexpr (F::kSigned) return;
+    if constexpr (kWords % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) {
+        const uint4 v = shared16(from + 16 * i);
+        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+      }
+    } else {
+      const uint2 v = shared8(from);
+      words[0] = v.x, words[1] = v.y;
+    }
+  }
 };
 
 template <class F>
-__device__ __forceinline__ void close_group(int (&c)[4], const uint8_t* params, int group, int sum, float (&u)[2]) {
+__device__ __forceinline__ GroupParameters group_parameters(const UnitParameters<F>& params, int group) {
   if constexpr (F::kAffine) {
-    const uint2 v = reinterpret_cast<const uint2*>(params)[group];
-    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&v.x));
-    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&v.y));
-    const float total = static_cast<float>(sum);
-    u[0] += static_cast<float>(c[0] * 256 + c[1]) * first.x + total * first.y;
-    u[1] += static_cast<float>(c[2] * 256 + c[3]) * second.x + total * second.y;
+    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&params.words[2 * group]));
+    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&params.words[2 * group + 1]));
+    return {{first.x, second.x}, {first.y, second.y}};
   } else {
-    // All terms in steps of the zero point; they fit into 32 bits (packing.py has the arithmetic).
-    constexpr int kLow = 1 << (8 - F::kBits), kHigh = 256 << (8 - F::kBits);
-    if constexpr (F::kGroup == 0) {
-      u[0] += static_cast<float>(c[0] * kHigh + c[1] * kLow - 128 * sum);
-      u[1] += static_cast<float>(c[2] * kHigh + c[3] * kLow - 128 * sum);
+    const uint32_t v = params.words[group];
+    return {{byte_to_float(v, 0), byte_to_float(v, 2)}, {-byte_to_float(v, 1), -byte_to_float(v, 3)}};
+  }
+}
+
+// u[r] += what the integer sums c of a group stand for; `sum`: of the activations' codes.
+template <class F>
+__device__ __forceinline__ void close_group(const int (&c)[4], const GroupParameters& p, float sum, float (&u)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float high = __int_as_float(c[2 * r]) - kMagic, low = __int_as_float(c[2 * r + 1]) - kMagic;
+    constexpr float kSecond = 1.0f / kSecondRowFactor<F::kBits>;
+    if constexpr (F::kSigned) {
+      u[r] = fmaf(high, 256.0f, u[r] + low);
+    } else if constexpr (F::kAffine) {
+      const float step = r == 0 ? 1.0f : kSecond;
+      u[r] = fmaf(fmaf(high, 256.0f * step, low * step), p.scale[r], fmaf(p.second[r], sum, u[r]));
     } else {
-      const uint32_t v = reinterpret_cast<const uint32_t*>(params)[group];
-      const int zero0 = (v >> 8) & 255, zero1 = v >> 24;
-      u[0] += static_cast<float>(c[0] * kHigh + c[1] * kLow - zero0 * sum) * static_cast<float>(v & 255);
-      u[1] += static_cast<float>(c[2] * kHigh + c[3] * kLow - zero1 * sum) * static_cast<float>((v >> 16) & 255);
+      const float step = (1 << (8 - F::kBits)) * (r == 0 ? 1.0f : kSecond);
+      const float total = fmaf(high, 256.0f * step, fmaf(low, step, p.second[r] * sum));
+      u[r] = fmaf(total, p.scale[r], u[r]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] = 0;
 }
 
 // acc[j][r] += unit * activations, for row lane / 4 + 8 r and token 4 j + lane % 4. Nothing is said of tokens
-// beyond `num_tokens`.
-template <class F, int kMma>
-__device__ __forceinline__ void unit_dot(const uint8_t* unit, const UnitActivations& x, int num_tokens, int lane,
-                                         float (&acc)[kMma][2]) {
-  constexpr int kGroup = F::kGroup, kNumGroups = kGroup == 0 ? 0 : kUnitColumns / kGroup;
+// beyond `num_tokens`. kOne: there is one token. unit, zeros (512 bytes of them): addresses in shared memory.
+template <class F, int kMma, bool kOne>
+__device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x, int num_tokens, uint32_t zeros,
+                                         int lane, float (&acc)[kMma][2]) {
+  constexpr int kGroup = F::kGroup;
   const int row = lane / 4, column = lane % 4;
-  const uint8_t* params = unit + kCodeBytes<F::kBits> + row * kNumGroups * (F::kAffine ? 8 : 4);
-  int c[kMma][4] = {};
+  if constexpr (kOne) num_tokens = 1;
+  const UnitParameters<F> params(unit + kCodeBytes<F::kBits> + row * UnitParameters<F>::kWords * 4);
+  // Columns of operand B without a token read zeros.
+  uint32_t codes[kMma], stride[kMma];
+#pragma unroll
+  for (int j = 0; j < kMma; ++j) {
+    const int n = 8 * j + row;
+    const bool is_there = n < 2 * num_tokens;
+    codes[j] = is_there ? x.codes + (n * 4 + column) * 16 : zeros;
+    stride[j] = kOne || is_there ? 128 * num_tokens : 0;
+  }
+  int c[kMma][4];
   float u[kMma][2] = {};
-  int sum[kMma] = {};
+  float sums[kMma][8];
+  if constexpr (!F::kSigned) {
+#pragma unroll
+    for (int j = 0; j < kMma; ++j) {
+      const uint32_t from = x.sums + (kOne ? 0 : min(4 * j + column, num_tokens - 1)) * 32;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 v = shared16(from + 16 * i);
+        sums[j][4 * i] = __uint_as_float(v.x), sums[j][4 * i + 1] = __uint_as_float(v.y);
+        sums[j][4 * i + 2] = __uint_as_float(v.z), sums[j][4 * i + 3] = __uint_as_float(v.w);
+      }
+    }
+  }
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     uint32_t a[4][4];
-    load_codes<F::kBits>(unit, pair, lane, a);
+    load_codes<F::kBits>([&](int n) { return shared16(unit + n); }, [&](int n) { return shared8(unit + n); }, pair, lane, a);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int tile = 2 * pair + half;
+      uint4 b[kMma];
 #pragma unroll
-      for (int j = 0; j < kMma; ++j) {
-        const int n = 8 * j + row;
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (n < 2 * num_tokens)
-          b = *reinterpret_cast<const uint4*>(x.codes + ((tile * 2 * num_tokens + n) * 4 + column) * 16);
-        const int token = min(4 * j + column, num_tokens - 1);
-        const int2 sums = *reinterpret_cast<const int2*>(x.sums + (tile * num_tokens + token) * 2);
-        mma_u8s8(c[j], a[2 * half], b.x, b.y);
-        if constexpr (kGroup == 32) close_group<F>(c[j], params, 2 * tile, sums.x, u[j]);
-        mma_u8s8(c[j], a[2 * half + 1], b.z, b.w);
-        if constexpr (kGroup == 32) {
-          close_group<F>(c[j], params, 2 * tile + 1, sums.y, u[j]);
-        } else {
-          sum[j] += sums.x + sums.y;
-          const bool closes = kGroup == 64 || (kGroup == 128 && half == 1) || tile == 3;
-          if (closes) {
-            close_group<F>(c[j], params, kGroup == 64 ? tile : pair, sum[j], u[j]);
-            sum[j] = 0;
+      for (int j = 0; j < kMma; ++j) b[j] = shared16(codes[j] + tile * stride[j]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int step = 2 * tile + m;  // of 32 columns
+        constexpr int kSteps = kGroup == 0 ? 8 : kGroup / 32;
+        const bool opens = step % kSteps == 0, closes = step % kSteps == kSteps - 1;
+#pragma unroll
+        for (int j = 0; j < kMma; ++j) {
+          if (opens) c[j][0] = c[j][1] = c[j][2] = c[j][3] = kMagicBits;
+          mma_int8<F::kSigned>(c[j], a[2 * half + m], m == 0 ? b[j].x : b[j].z, m == 0 ? b[j].y : b[j].w);
+        }
+        if (closes) {
+          GroupParameters p{};
+          if constexpr (!F::kSigned) p = group_parameters<F>(params, step / kSteps);
+#pragma unroll
+          for (int j = 0; j < kMma; ++j) {
+            float sum = 0;
+            if constexpr (!F::kSigned) {
+              sum = sums[j][step - kSteps + 1];
+#pragma unroll
+              for (int i = 1; i < kSteps; ++i) sum += sums[j][step - kSteps + 1 + i];
+            }
+            close_group<F>(c[j], p, sum, u[j]);
           }
         }
       }
@@ -161,29 +249,29 @@ __device__ __forceinline__ void unit_dot(const uint8_t* unit, const UnitActivati
   }
 #pragma unroll
   for (int j = 0; j < kMma; ++j) {
-    const float scale = x.scales[min(4 * j + column, num_tokens - 1)];
-    acc[j][0] += u[j][0] * scale;
-    acc[j][1] += u[j][1] * scale;
+    const float scale = shared4(x.scales + (kOne ? 0 : min(4 * j + column, num_tokens - 1)) * 4);
+    acc[j][0] = fmaf(u[j][0], scale, acc[j][0]);
+    acc[j][1] = fmaf(u[j][1], scale, acc[j][1]);
   }
 }
 
-// Formats by number; kernels/cuda/packing.py counts the same way.
-template <int kMma>
-__device__ __forceinline__ void unit_dot(int format, const uint8_t* unit, const UnitActivations& x, int num_tokens,
-                                         int lane, float (&acc)[kMma][2]) {
+// Calls fn with the format of that number; kernels/cuda/packing.py counts the same way.
+#pragma nv_exec_check_disable
+template <class Fn>
+__host__ __device__ __forceinline__ bool with_format(int format, Fn fn) {
   switch (format) {
-    case 0: return unit_dot<UnitFormat<2, 32, false>>(unit, x, num_tokens, lane, acc);
-    case 1: return unit_dot<UnitFormat<2, 64, false>>(unit, x, num_tokens, lane, acc);
-    case 2: return unit_dot<UnitFormat<3, 64, false>>(unit, x, num_tokens, lane, acc);
-    case 3: return unit_dot<UnitFormat<3, 128, false>>(unit, x, num_tokens, lane, acc);
-    case 4: return unit_dot<UnitFormat<4, 64, false>>(unit, x, num_tokens, lane, acc);
-    case 5: return unit_dot<UnitFormat<4, 128, false>>(unit, x, num_tokens, lane, acc);
-    case 6: return unit_dot<UnitFormat<5, 128, false>>(unit, x, num_tokens, lane, acc);
-    case 7: return unit_dot<UnitFormat<6, 128, false>>(unit, x, num_tokens, lane, acc);
-    case 8: return unit_dot<UnitFormat<8, 0, false>>(unit, x, num_tokens, lane, acc);
-    case 9: return unit_dot<UnitFormat<4, 32, true>>(unit, x, num_tokens, lane, acc);
-    case 10: return unit_dot<UnitFormat<5, 32, true>>(unit, x, num_tokens, lane, acc);
-    case 11: return unit_dot<UnitFormat<8, 32, true>>(unit, x, num_tokens, lane, acc);
-    default: __trap();
+    case 0: fn(UnitFormat<2, 32, false>{}); return true;
+    case 1: fn(UnitFormat<2, 64, false>{}); return true;
+    case 2: fn(UnitFormat<3, 64, false>{}); return true;
+    case 3: fn(UnitFormat<3, 128, false>{}); return true;
+    case 4: fn(UnitFormat<4, 64, false>{}); return true;
+    case 5: fn(UnitFormat<4, 128, false>{}); return true;
+    case 6: fn(UnitFormat<5, 128, false>{}); return true;
+    case 7: fn(UnitFormat<6, 128, false>{}); return true;
+    case 8: fn(UnitFormat<8, 0, false>{}); return true;
+    case 9: fn(UnitFormat<4, 32, true>{}); return true;
+    case 10: fn(UnitFormat<5, 32, true>{}); return true;
+    case 11: fn(UnitFormat<8, 32, true>{}); return true;
+    default: return false;
   }
 }
