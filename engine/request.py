@@ -38,9 +38,9 @@ class Request:
 
     `num_computed_tokens` counts the tokens whose keys and values lie in the KV cache; a request is in
     prefill while more than one token is missing there. With a step in flight it counts that step's tokens
-    too, and `num_pending_tokens` those that the step samples: they are computed and drawn, but their ids are
-    still on the device. `block_ids` and `block_hashes` belong to the KVCacheManager. `drafter` is there from
-    the first decode step on where drafts are allowed.
+    too, and `num_pending_tokens` those that the step samples, drafts included: their ids are still on the
+    device. `block_ids` and `block_hashes` belong to the KVCacheManager. `drafter` is there from the first
+    decode step on where drafts are allowed.
     """
 
     __slots__ = (

@@ -33,6 +33,11 @@ class ScheduledRequest:
         num_own = self.num_scheduled_tokens - len(self.draft_token_ids)
         return self.num_computed_tokens + num_own >= self.request.num_tokens
 
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the step samples; fewer count where drafts are rejected."""
+        return 1 + len(self.draft_token_ids) if self.is_sampled else 0
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
@@ -199,7 +204,7 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING:
                 continue
             token_ids = sampled.get(request.request_id, ())
-            request.num_pending_tokens -= part.is_sampled
+            request.num_pending_tokens -= part.num_sampled
             token_ids, status = self._append(request, token_ids)
             if num_drafts := len(part.draft_token_ids):
                 # Accepted drafts are tokens now, and computed. The slots of the others are written again.
@@ -222,7 +227,7 @@ class Scheduler:
             request = part.request
             if request.status is RequestStatus.RUNNING:
                 request.num_computed_tokens += part.num_scheduled_tokens
-                request.num_pending_tokens += part.is_sampled
+                request.num_pending_tokens += part.num_sampled
 
     def _append(
         self, request: Request, token_ids: Sequence[int]

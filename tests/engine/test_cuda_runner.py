@@ -1,7 +1,7 @@
 """The GPU's runner through EngineCore: on a Hopper GPU, and everywhere with torch in the kernels' place.
 
 Greedy tokens are held against the CPU's float32 model, token by token: each must be its best one, or one
-whose logit is as good as equal (keys and values in bfloat16, and products of bfloat16, shift logits a little).
+whose logit is as good as equal (keys, values and products in bfloat16 shift logits a little).
 """
 
 import random

@@ -27,7 +27,8 @@ def token_at(request_id: str, position: int) -> int:
 def tokens_of(part: ScheduledRequest) -> list[int]:
     """What the pretended runner returns: it samples at each drafted position, and accepts."""
     request, drafts = part.request, part.draft_token_ids
-    sampled = [token_at(request.request_id, request.num_tokens + i) for i in range(len(drafts) + 1)]
+    first = part.num_computed_tokens + part.num_scheduled_tokens - len(drafts)
+    sampled = [token_at(request.request_id, first + i) for i in range(len(drafts) + 1)]
     return sampled[: num_kept(drafts, sampled)]
 
 
@@ -57,6 +58,7 @@ def workloads(draw: st.DrawFn) -> dict:
         "draft_policy": draw(
             st.none() | st.builds(DraftPolicy, st.integers(0, 9), st.sampled_from([0.0, 0.03, 0.5]))
         ),
+        "runs_ahead": draw(st.booleans()),
         "requests": requests,
     }
 
@@ -94,6 +96,7 @@ def check_drafts(scheduler: Scheduler, output: SchedulerOutput) -> None:
         request = part.request
         assert part.num_scheduled_tokens == 1 + len(part.draft_token_ids)
         assert part.num_computed_tokens == request.num_tokens - 1
+        assert request.num_pending_tokens == 0
         end = part.num_computed_tokens + part.num_scheduled_tokens
         assert end <= len(request.block_ids) * BLOCK_SIZE
         assert end < scheduler.max_model_len
@@ -128,31 +131,48 @@ def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
             aborts.setdefault(abort, []).append(request.request_id)
 
     received: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    in_flight: list[SchedulerOutput] = []
+
+    def take_in(output: SchedulerOutput) -> None:
+        sampled = {p.request.request_id: tokens_of(p) for p in output.scheduled if p.is_sampled}
+        for request, token_ids in scheduler.update(output, sampled):
+            received[request.request_id].extend(token_ids)
+
     # Each request needs at most its own tokens' steps, recomputed after each preemption by an older one.
     limit = 31 + 4 * sum(r.num_prompt_tokens + r.params.max_tokens for r in requests) * len(requests)
     for now in range(limit):
         for request in arrivals.pop(now, []):
             scheduler.add_request(request)
+        if in_flight and scheduler.wants_drafts():
+            take_in(in_flight.pop())
         oldest = scheduler.running[0] if scheduler.running else None
         before = (oldest.num_computed_tokens, oldest.num_tokens) if oldest else None
         output = scheduler.schedule()
         assert output.num_tokens <= scheduler.token_budget
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert all(p.num_scheduled_tokens > 0 for p in output.scheduled)
-        assert bool(output.scheduled) == scheduler.has_work  # work there is, work is done
+        # Work there is, work is done: but for requests whose last token is in flight.
+        assert bool(output.scheduled) == scheduler.has_work or (in_flight and not output.scheduled)
         check_ownership(scheduler)
         check_drafts(scheduler, output)
         for request_id in aborts.pop(now, []):
             scheduler.finish_request(request_id, RequestStatus.FINISHED_ABORTED)
-        sampled = {p.request.request_id: tokens_of(p) for p in output.scheduled if p.is_sampled}
-        for request, token_ids in scheduler.update(output, sampled):
-            received[request.request_id].extend(token_ids)
-        assert all(r.num_computed_tokens < r.num_tokens for r in scheduler.running)
+        if workload["runs_ahead"]:
+            # The step before is taken in only now, its tokens were pending while this one was planned.
+            scheduler.run_ahead(output)
+            in_flight.append(output)
+            if len(in_flight) > 1:
+                take_in(in_flight.pop(0))
+        else:
+            take_in(output)
+        assert all(r.num_missing_tokens > 0 for r in scheduler.running)
         check_ownership(scheduler)
         if before is not None and any(p.request is oldest for p in output.scheduled):
             assert oldest.status.is_finished or (oldest.num_computed_tokens, oldest.num_tokens) > before
         if not scheduler.has_work and not arrivals:
             break
+    for output in in_flight:
+        take_in(output)
     assert not scheduler.has_work, "a request starved"
     pool = scheduler.kv_cache.pool
     assert pool.num_free_blocks == pool.num_blocks
