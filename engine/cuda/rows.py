@@ -75,6 +75,7 @@ class StepRows:
         if (slot := self._slots.pop(request_id, None)) is not None:
             self._free_slots.append(slot)
             del self._num_blocks[request_id]
+            self._expected = None  # should it come back, then in another slot
 
     def slot(self, request_id: str) -> int:
         return self._slots[request_id]

@@ -51,6 +51,8 @@ class CudaModelRunner:
         self.max_model_len = min(config.max_model_len or limit, limit)
         weights = load_weights(checkpoint, self.max_model_len, self.device)
         chunk = min(self.token_budget, self.max_model_len)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what repacking took
         reserved = workspace_bytes(shape, weights, chunk, self.max_model_len)
         bytes_per_token = shape.num_kv_bytes_per_token(torch.bfloat16.itemsize)
         self.num_blocks = size_kv_cache(config, self.max_model_len, bytes_per_token, self.device, reserved)
