@@ -130,8 +130,8 @@ __device__ __forceinline__ void enter_norm(const MatmulPhase& phase, int tokens,
   }
 }
 
-// Pairs of a warp from `unit` and `token` on, `stride` units apart; x begins at unit 0 of the matrix.
-template <int kBatch, class Scale, class Keeps>
+// Pairs of a warp from `unit` on, `stride` units apart.
+template <int kBatch, bool kWithNorm, class Scale, class Keeps>
 __device__ __forceinline__ void quantize_units(const MatmulPhase& phase, int tokens, int unit, int stride,
                                                const Activations& x, Scale delta_scale, float* squares, int lane,
                                                Keeps keeps) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void quantize_units(const MatmulPhase& phase, int tok
         batch.value[i] = load8(phase.x + static_cast<int64_t>(token) * phase.k + column);
       if (++token == tokens) token = 0, unit += stride;
     }
-    if (phase.source == kNorm) enter_norm<kBatch>(phase, tokens, delta_scale, squares, lane, batch, keeps);
+    if constexpr (kWithNorm) enter_norm<kBatch>(phase, tokens, delta_scale, squares, lane, batch, keeps);
     quantize_batch<kBatch>(batch, tokens, lane, x);
   }
 }

@@ -1,6 +1,6 @@
 // Attention of one step over the paged cache: rotary embedding, append, split-KV with grouped queries.
 //
-// An item is (token, key-value head, up to eight of its query heads, up to 128 columns of the values, split of the
+// An item is (token, key-value head, up to eight of its query heads, 64 columns of the values, split of the
 // context). Where a split ends depends on the token's position alone, so that a token's result does not depend on
 // its batch. The producer streams an item's KV blocks through the ring like weights; this step's own keys and values
 // are put in their places there. Products run on the tensor cores in bfloat16, queries and probabilities as a sum
@@ -13,17 +13,13 @@
 #include "async.cuh"
 #include "program.h"
 
-#ifdef PEREGRINE_TRACE
-#define ATRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + step.num_phases / 2 ) * 8 + (k)] = clock64()
-#else
-#define ATRACE(k)
-#endif
 constexpr int kBlockTokens = 16;
 constexpr int kSplitTokens = 256;  // short contexts stay whole: combining costs more than it saves
 constexpr int kMaxSplits = 64;
 constexpr int kItemHeads = 8;
-constexpr int kConsumers = 32 * kConsumerWarps;
-constexpr int kConsumerBarrier = 1;
+constexpr int kAttentionWarps = 8;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr int kConsumerBarrier = 1, kAttentionBarrier = 2;
 
 // Where a step's tokens are: Step's arrays, in shared memory.
 struct Rows {
@@ -42,7 +38,7 @@ struct Item {
 
 // KV blocks of a stage of the ring, at most 32 KB.
 __host__ __device__ constexpr int blocks_per_stage(int head_dim) { return 512 / head_dim; }
-__host__ __device__ constexpr int item_columns(int head_dim) { return head_dim < 128 ? head_dim : 128; }
+__host__ __device__ constexpr int item_columns(int) { return 64; }  // few enough accumulators
 
 // fn(item): this block's items, one after the other.
 template <class Fn>
@@ -173,17 +169,15 @@ struct SplitAttention {
       *reinterpret_cast<uint4*>(queries + (warp + 8) * kQueryStride + column) = pack8(low);
     }
     const uint4 new_key = pack8(rotate(own_k, phase.k_norm, rotary)), new_value = pack8(own_v);
-    named_barrier(kConsumerBarrier, kConsumers);
-    ATRACE(4);
+    named_barrier(kAttentionBarrier, kAttentionThreads);
 
     float o[kColumns / 8][4] = {}, largest = -1e30f, total = 0;
     const int first_block = item.first_block(), num_blocks = item.num_blocks();
     for (int begin = 0; begin < num_blocks; begin += blocks_per_stage(kDim)) {
       const int count = min(blocks_per_stage(kDim), num_blocks - begin);
       uint8_t* stage = ring.next(count * kBlockTokens * kDim * 4);
-      ATRACE(5);
       for (int i = 0; i < count; ++i) {
-        if ((begin + i) % kConsumerWarps != warp) continue;
+        if ((begin + i) % kAttentionWarps != warp) continue;
         uint8_t* keys = stage + i * kBlockTokens * kDim * 4;
         uint8_t* values = keys + kBlockTokens * kDim * 2;
         const int base = (first_block + begin + i) * kBlockTokens;
@@ -195,12 +189,10 @@ struct SplitAttention {
       }
       ring.release();
     }
-    ATRACE(6);
     write_part(o, largest, total);
-    named_barrier(kConsumerBarrier, kConsumers);
-    ATRACE(7);
+    named_barrier(kAttentionBarrier, kAttentionThreads);
     merge(item, num_heads, phase.out + static_cast<int64_t>(item.token) * phase.out_stride + first_head * kDim + item.half * kColumns);
-    named_barrier(kConsumerBarrier, kConsumers);  // queries, parts and flag are free again
+    named_barrier(kAttentionBarrier, kAttentionThreads);  // queries, parts and flag are free again
   }
 
   // This step's keys and values into a block in shared memory, and the token's own into the cache; rows beyond the
@@ -315,14 +307,14 @@ struct SplitAttention {
   // Warps in their order, then splits in theirs.
   __device__ void merge(const Item& item, int num_heads, float* out) const {
     const int64_t slot = static_cast<int64_t>(item.slot) * kMaxSplits + item.split;
-    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kAttentionThreads) {
       const int head = i / kColumns, column = i % kColumns;
       const float* part = parts + head * kPartStride;
       float m = -1e30f, l = 0, v = 0;
 #pragma unroll
-      for (int w = 0; w < kConsumerWarps; ++w) m = fmaxf(m, part[w * kItemHeads * kPartStride + kColumns]);
+      for (int w = 0; w < kAttentionWarps; ++w) m = fmaxf(m, part[w * kItemHeads * kPartStride + kColumns]);
 #pragma unroll
-      for (int w = 0; w < kConsumerWarps; ++w) {
+      for (int w = 0; w < kAttentionWarps; ++w) {
         const float* of_warp = part + w * kItemHeads * kPartStride;
         const float factor = exp2f(of_warp[kColumns] - m);
         l += of_warp[kColumns + 1] * factor;
@@ -339,7 +331,7 @@ struct SplitAttention {
       }
     }
     if (item.splits == 1) return;
-    named_barrier(kConsumerBarrier, kConsumers);
+    named_barrier(kAttentionBarrier, kAttentionThreads);
     if (warp == 0 && lane == 0) {
       __threadfence();
       const bool is_last = atomicAdd(step.split_count + item.slot, 1u) == static_cast<uint32_t>(item.splits - 1);
@@ -347,12 +339,12 @@ struct SplitAttention {
       __threadfence();
       *flag = is_last;
     }
-    named_barrier(kConsumerBarrier, kConsumers);
+    named_barrier(kAttentionBarrier, kAttentionThreads);
     if (*flag) combine(slot - item.split, item.splits, num_heads, out);
   }
 
   __device__ void combine(int64_t first_slot, int splits, int num_heads, float* out) const {
-    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kAttentionThreads) {
       const int head = i / kColumns, column = i % kColumns;
       const float* lse = step.split_lse + (first_slot * kItemHeads + head) * 2;
       const float* from = step.split_out + (first_slot * kItemHeads + head) * kColumns + column;

@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-constexpr int kConsumerWarps = 8;
-constexpr int kThreads = 32 * (kConsumerWarps + 2);  // and a producer and an epilogue warp
 constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 256;
+constexpr int kStageUnits = 8;  // of the ring: 2048 columns of a tile
 constexpr int kSlabUnits = 16;  // float sums are closed every 4096 columns, whatever the batch
 constexpr int kMaxStages = 32;
 constexpr int kMaxTokens = 16;

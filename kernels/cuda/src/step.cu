@@ -25,12 +25,18 @@ namespace {
 // pointer kept in a structure the compiler would lose that it is shared memory.
 extern __shared__ __align__(128) uint8_t shared[];
 
+// Consumer warps: twice as many where registers allow, to hide each other's latencies. A unit's sum is the same bits
+// in both cases, and so is their total: warp w + 8's part is added to warp w's first.
 template <int kMma>
-constexpr int kSumsBytes = 2 * kConsumerWarps * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
+constexpr int kWarps = kMma == 1 ? 2 * kStageUnits : kStageUnits;
+template <int kMma>
+constexpr int kSumsBuffers = kMma == 4 ? 2 : 4;  // slabs that consumers may be ahead of the epilogue
+template <int kMma>
+constexpr int kSumsBytes = kSumsBuffers<kMma> * kWarps<kMma> * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
 
 struct Control {
   uint64_t stage_full[kMaxStages], stage_empty[kMaxStages];
-  uint64_t sums_full[2], sums_empty[2];
+  uint64_t sums_full[4], sums_empty[4];
   uint64_t phase_done;
   uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
   uint64_t x_full;
@@ -111,11 +117,6 @@ __device__ __forceinline__ uint32_t place(uint32_t& at, uint32_t bytes, uint32_t
   return begin;
 }
 
-// One or two units a warp: two hide each other's latencies, but a stage must stay small beside the ring.
-__device__ __forceinline__ int units_per_stage(const Segment& segment, const Step& step) {
-  return 4 * kSlabUnits * segment.unit_bytes <= step.ring_bytes ? kSlabUnits : kConsumerWarps;
-}
-
 struct RingWriter {
   Control& control;
   uint32_t ring_bytes, free_bytes;
@@ -155,6 +156,12 @@ struct RingReader {
     if (lane == 0) mbarrier_arrive(&control->stage_empty[stage % kMaxStages]);
     ++stage;
   }
+
+  // A stage of other warps.
+  __device__ void skip(uint32_t bytes) {
+    place(at, bytes, ring_bytes);
+    ++stage;
+  }
 };
 
 __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingWriter& writer) {
@@ -164,9 +171,8 @@ __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingW
     const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
     plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
       const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * segment.unit_bytes;
-      const int stage_units = units_per_stage(segment, step);
-      for (int unit = first; unit < last; unit += stage_units) {
-        const uint32_t bytes = min(stage_units, last - unit) * segment.unit_bytes;
+      for (int unit = first; unit < last; unit += kStageUnits) {
+        const uint32_t bytes = min(kStageUnits, last - unit) * segment.unit_bytes;
         uint64_t* bar;
         uint8_t* to = writer.open(bytes, bar);
         stream_copy(to, data, bytes, bar);
@@ -216,9 +222,17 @@ __device__ void produce(const Step& step, Control& control, int lane) {
   }
 }
 
-// By value: a reader that another function may change would live in memory.
+// By value: a reader that another function may change would live in memory. Eight warps attend, others skip.
 __device__ RingReader attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control,
                              RingReader ring, int warp, int lane) {
+  if (warp >= kAttentionWarps) {
+    for_each_item(phase, step, control.rows, [&](const Item& item) {
+      const int per_stage = blocks_per_stage(phase.head_dim), count = item.num_blocks();
+      for (int begin = 0; begin < count; begin += per_stage)
+        ring.skip(min(per_stage, count - begin) * kBlockTokens * phase.head_dim * 4);
+    });
+    return ring;
+  }
   const auto with = [&](auto attention) { return attention.run(ring); };
   if (phase.head_dim == 64) return with(SplitAttention<64>(phase, step, control.rows, x_room, &control.flag, warp, lane));
   if (phase.head_dim == 128) return with(SplitAttention<128>(phase, step, control.rows, x_room, &control.flag, warp, lane));
@@ -235,10 +249,11 @@ __device__ void prefetch_phase(const Phase& next, int lane) {
 }
 
 // A share of the step's activations, quantized once for all blocks.
+template <int kAllWarps>
 __device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, int lane) {
   const int tokens = step.num_tokens;
   const Activations x(step.prepared, phase.units, tokens);
-  for (int pair = blockIdx.x * kConsumerWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kConsumerWarps) {
+  for (int pair = blockIdx.x * kAllWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kAllWarps) {
     Batch<1> batch;
     batch.unit[0] = pair / tokens, batch.token[0] = pair % tokens, batch.is_there[0] = true;
     const int column = batch.unit[0] * kUnitColumns + 8 * lane;
@@ -254,6 +269,7 @@ __device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, in
 }
 
 // Units first .. first + count - 1 of the prepared activations into shared memory.
+template <int kAllThreads>
 __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int first, int count, const Activations& x,
                               Control& control, uint32_t parity, int warp, int lane) {
   const int tokens = step.num_tokens;
@@ -264,11 +280,11 @@ __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int fi
     bulk_copy(x.codes, from.codes + first * tokens * 512, count * tokens * 512, &control.x_full);
     bulk_copy(x.sums, from.sums + first * tokens * 8, count * tokens * 32, &control.x_full);
   }
-  for (int i = warp * 32 + lane; i < count * tokens; i += kConsumers) x.scales[i] = __ldcg(from.scales + first * tokens + i);
+  for (int i = warp * 32 + lane; i < count * tokens; i += kAllThreads) x.scales[i] = __ldcg(from.scales + first * tokens + i);
   mbarrier_wait(&control.x_full, parity);
 }
 
-// The block's sums of a slab, by warp and row: two buffers between consumers and epilogue.
+// The block's sums of a slab, by warp and row: a few buffers between consumers and epilogue.
 struct SumsWriter {
   float* sums;
   Control& control;
@@ -278,9 +294,10 @@ struct SumsWriter {
   template <int kMma>
   __device__ __forceinline__ void write(float (&acc)[kMma][2]) {
     constexpr int kTokens = 4 * kMma;
-    const uint32_t buffer = count & 1;
-    mbarrier_wait(&control.sums_empty[buffer], ((count >> 1) & 1) ^ 1);
-    float* to = sums + (buffer * kConsumerWarps + warp) * kTileRows * kTokens + lane / 4 * kTokens + lane % 4;
+    constexpr uint32_t kBuffers = kSumsBuffers<kMma>;
+    const uint32_t buffer = count % kBuffers;
+    mbarrier_wait(&control.sums_empty[buffer], ((count / kBuffers) & 1) ^ 1);
+    float* to = sums + (buffer * kWarps<kMma> + warp) * kTileRows * kTokens + lane / 4 * kTokens + lane % 4;
 #pragma unroll
     for (int j = 0; j < kMma; ++j)
 #pragma unroll
@@ -294,29 +311,28 @@ struct SumsWriter {
   }
 };
 
-// One tile of 16 rows over `count` units of activations. Unit u is warp u % 8's, whatever the stages.
+// One tile of 16 rows over `count` units of activations. Of a stage's eight units each of eight warps takes one; where
+// there are sixteen, two halves take turns.
 template <class F, int kMma, bool kOne>
-__device__ __forceinline__ void tile_dot(const Activations& x, int count, int stage_units, int unit_bytes, int tokens,
-                                         uint32_t zeros, RingReader& ring, SumsWriter& sums) {
+__device__ __forceinline__ void tile_dot(const Activations& x, int count, int unit_bytes, int tokens, uint32_t zeros,
+                                         RingReader& ring, SumsWriter& sums) {
   float acc[kMma][2] = {};
   const UnitActivations all{shared_address(x.codes), shared_address(x.sums), shared_address(x.scales)};
-  const auto dot = [&](uint32_t weights, int unit) {
-    const int pairs = unit * tokens;
-    const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
-    unit_dot<F, kMma, kOne>(weights, ux, tokens, zeros, sums.lane, acc);
-  };
-  for (int begin = 0; begin < count; begin += stage_units) {
-    const int unit = begin + sums.warp, other = unit + kConsumerWarps;
-    const uint32_t weights =
-        shared_address(ring.next(min(stage_units, count - begin) * unit_bytes)) + sums.warp * unit_bytes;
-    if (kMma < 4 && stage_units > kConsumerWarps && other < count) {
-      dot(weights, unit);
-      dot(weights + kConsumerWarps * unit_bytes, other);
-    } else if (unit < count) {
-      dot(weights, unit);
+  for (int begin = 0; begin < count; begin += kStageUnits) {
+    const uint32_t bytes = min(kStageUnits, count - begin) * unit_bytes;
+    if (kWarps<kMma> == kStageUnits || (begin / kStageUnits) % 2 == sums.warp / kStageUnits) {
+      const int own = sums.warp % kStageUnits, unit = begin + own;
+      const uint32_t weights = shared_address(ring.next(bytes)) + own * unit_bytes;
+      if (unit < count) {
+        const int pairs = unit * tokens;
+        const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
+        unit_dot<F, kMma, kOne>(weights, ux, tokens, zeros, sums.lane, acc);
+      }
+      ring.release();
+    } else {
+      ring.skip(bytes);
     }
-    ring.release();
-    if ((begin + stage_units) % kSlabUnits == 0 || begin + stage_units >= count) sums.write<kMma>(acc);
+    if ((begin + kStageUnits) % kSlabUnits == 0 || begin + kStageUnits >= count) sums.write<kMma>(acc);
   }
 }
 
@@ -330,6 +346,9 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
   }
   RingReader ring{&control, static_cast<uint32_t>(step.ring_bytes), lane};
   SumsWriter sums{sums_room, control, warp, lane};
+  const uint32_t zeros = shared_address(control.zeros);
+  constexpr int kThreadsHere = 32 * kWarps<kMma>;
+  const auto barrier = [] { named_barrier(kConsumerBarrier, kThreadsHere); };
   uint32_t copies = 0;
   for (int index = 0; index < step.num_phases; ++index) {
     TRACE(0);
@@ -339,47 +358,47 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
       if (lane == 0) grid_wait(step.arrivals, index * gridDim.x);
       __syncwarp();
     }
-    named_barrier(kConsumerBarrier, kConsumers);
+    barrier();
     TRACE(1);
     const Phase& current = reader.copies[index & 1];
     if (warp == 0) reader.fetch(index + 1);  // the copy before this one is not read any more
     if (current.matmul.kind == kAttention) {
       ring = attend(current.attention, step, x_room, control, ring, warp, lane);
     } else if (current.matmul.kind == kPrepare) {
-      prepare(current.matmul, step, warp, lane);
+      prepare<kWarps<kMma>>(current.matmul, step, warp, lane);
     } else {
       const MatmulPhase& phase = current.matmul;
       const Plan plan(phase, step);
       if (phase.source == kNorm && phase.delta_norm != nullptr) {
-        for (int token = warp; token < tokens; token += kConsumerWarps) {
+        for (int token = warp; token < tokens; token += kWarps<kMma>) {
           const float scale = measure_delta(phase, token, lane);
           if (lane == 0) control.delta_scale[token] = scale;
         }
-        named_barrier(kConsumerBarrier, kConsumers);
+        barrier();
       }
       for (int pass = 0; pass < plan.num_passes(); ++pass) {
         const int first = pass * plan.slabs_per_pass * kSlabUnits;
         const int count = min(plan.slabs_per_pass * kSlabUnits, phase.units - first);
         const Activations x(x_room, count, tokens);
-        if (pass > 0) named_barrier(kConsumerBarrier, kConsumers);  // nobody reads the last pass's codes now
+        if (pass > 0) barrier();  // nobody reads the last pass's codes now
         if (phase.source == kPrepared) {
-          copy_prepared(phase, step, first, count, x, control, copies++ & 1, warp, lane);
+          copy_prepared<kThreadsHere>(phase, step, first, count, x, control, copies++ & 1, warp, lane);
         } else {
           const auto keeps = [&](int unit, int token) {  // every block computes the stream, one writes a piece
             return (unit * kDirectTokens + token) % gridDim.x == blockIdx.x;
           };
           const auto delta_scale = [&](int token) { return control.delta_scale[token]; };
-          if (phase.units * tokens <= 2 * kConsumerWarps)
-            quantize_units<2>(phase, tokens, warp, kConsumerWarps, x, delta_scale, control.squares, lane, keeps);
+          constexpr int kStride = kWarps<kMma>;
+          if (phase.source == kNorm)
+            quantize_units<2, true>(phase, tokens, warp, kStride, x, delta_scale, control.squares, lane, keeps);
           else
-            quantize_units<4>(phase, tokens, warp, kConsumerWarps, x, delta_scale, control.squares, lane, keeps);
+            quantize_units<4, false>(phase, tokens, warp, kStride, x, delta_scale, control.squares, lane, keeps);
         }
-        named_barrier(kConsumerBarrier, kConsumers);
+        barrier();
         TRACE(2);
         plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
           with_format(segment.format, [&](auto format) {
-            tile_dot<decltype(format), kMma, kOne>(x, count, units_per_stage(segment, step), segment.unit_bytes, tokens,
-                                                   shared_address(control.zeros), ring, sums);
+            tile_dot<decltype(format), kMma, kOne>(x, count, segment.unit_bytes, tokens, zeros, ring, sums);
           });
         });
       }
@@ -435,14 +454,19 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
 #pragma unroll
           for (int i = 0; i < kValues; ++i) value[i] = pass > 0 ? kept[lane + 32 * i] : 0.0f;
           for (int slab = 0; slab < slabs; ++slab) {
-            const uint32_t buffer = dumps & 1;
-            mbarrier_wait(&control.sums_full[buffer], (dumps >> 1) & 1);
-            const float* from = sums + buffer * kConsumerWarps * kTileRows * kTokens + lane;
+            const uint32_t buffer = dumps % kSumsBuffers<kMma>;
+            mbarrier_wait(&control.sums_full[buffer], (dumps / kSumsBuffers<kMma>) & 1);
+            constexpr int kPart = kTileRows * kTokens;
+            const float* from = sums + buffer * kWarps<kMma> * kPart + lane;
 #pragma unroll
             for (int i = 0; i < kValues; ++i) {
               float slab_sum = 0;
 #pragma unroll
-              for (int w = 0; w < kConsumerWarps; ++w) slab_sum += from[w * kTileRows * kTokens + 32 * i];
+              for (int w = 0; w < kStageUnits; ++w) {
+                float part = from[w * kPart + 32 * i];
+                if constexpr (kWarps<kMma> > kStageUnits) part += from[(w + kStageUnits) * kPart + 32 * i];
+                slab_sum += part;
+              }
               value[i] += slab_sum;
             }
             __syncwarp();
@@ -494,7 +518,7 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
 }
 
 template <int kMma, bool kOne>
-__global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(32 * (kWarps<kMma> + 2), 1) run_step(const __grid_constant__ Step step) {
   __shared__ Control control;
   uint8_t* x_room = shared + step.ring_bytes;
   float* sums = reinterpret_cast<float*>(x_room + step.x_bytes);
@@ -503,13 +527,13 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxStages; ++i) {
       mbarrier_init(&control.stage_full[i], 1);
-      mbarrier_init(&control.stage_empty[i], kConsumerWarps);
+      mbarrier_init(&control.stage_empty[i], kStageUnits);
     }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(&control.sums_full[i], kConsumerWarps);
+    for (int i = 0; i < 4; ++i) {
+      mbarrier_init(&control.sums_full[i], kWarps<kMma>);
       mbarrier_init(&control.sums_empty[i], 1);
     }
-    mbarrier_init(&control.phase_done, kConsumerWarps);
+    mbarrier_init(&control.phase_done, kWarps<kMma>);
     mbarrier_init(&control.x_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -520,9 +544,9 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
     control.rows.first_rows[threadIdx.x] = step.first_rows[threadIdx.x];
   }
   __syncthreads();
-  if (warp < kConsumerWarps) {
+  if (warp < kWarps<kMma>) {
     consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
-  } else if (warp == kConsumerWarps) {
+  } else if (warp == kWarps<kMma>) {
     produce(step, control, lane);
   } else {
     finish<kMma>(step, sums, factors, control, lane);
@@ -540,7 +564,7 @@ cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
     return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(32 * (kWarps<kMma> + 2));
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute cooperative{};
