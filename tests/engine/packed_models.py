@@ -70,12 +70,13 @@ def packed_llama(directory: Path) -> Path:
 
 
 def packed_gemma(directory: Path) -> Path:
-    """Heads of 256, local and global layers, q and k norms, norms behind blocks, gelu, tied embeddings."""
+    """Heads of 256, local and global layers, q and k norms, norms behind blocks, gelu."""
     config = Gemma3TextConfig(
         vocab_size=199,
         hidden_size=256,
         intermediate_size=416,
-        num_hidden_layers=7,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=256,
@@ -83,6 +84,7 @@ def packed_gemma(directory: Path) -> Path:
         sliding_window=32,
         query_pre_attn_scalar=256,
         initializer_range=0.06,
+        tie_word_embeddings=False,  # tied, a random model with scaled embeddings repeats its last token
     )
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(config).float().eval()

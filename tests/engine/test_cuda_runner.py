@@ -288,7 +288,8 @@ def test_speculation_changes_nothing(model_dir, device, free_drafts):
     for i in range(4):
         phrase = [rng.randrange(2, 199) for _ in range(5)]
         bias = dict.fromkeys(phrase, 8.0)  # a model that repeats itself
-        given[f"r{i}"] = (phrase * 6, greedy(48, logit_bias=bias))
+        temperature = 0.0 if i < 2 else 0.8  # the one accepts nearly all, the other rejects too
+        given[f"r{i}"] = (phrase * 6, replace(greedy(48, logit_bias=bias), temperature=temperature, seed=i))
     results = []
     for num in (0, 5):
         core = core_of(model_dir, device, speculative_tokens=num, enable_prefix_caching=False)
