@@ -20,7 +20,7 @@ _PLAIN, _NORM, _PREPARED = 0, 1, 2
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _SLAB_UNITS = 16
 _UNIT_BYTES_PER_TOKEN = 548  # codes, sums and scale of 256 activations
-_ITEM_HEADS, _ITEM_COLUMNS, _MAX_SPLITS, _ATTENTION_WARPS = 8, 64, 64, 8
+_ITEM_HEADS, _MIN_COLUMNS, _MAX_COLUMNS, _MAX_SPLITS, _WARPS = 8, 64, 128, 64, 8
 _RESIDENT_X_BYTES = 72 << 10  # activations that may stay in shared memory; the ring gets the rest
 _MAX_DIRECT_TOKENS, _MAX_DIRECT_UNITS = 2, 256
 
@@ -246,7 +246,7 @@ class StepProgram:
         self._direct = _on_device(phases.direct, device)
         self._prepared = _on_device(phases.prepared, device)
         num_heads, num_kv_heads, head_dim = heads
-        columns = min(head_dim, _ITEM_COLUMNS)
+        columns = _MIN_COLUMNS  # of an item; where it has more, there are fewer items
         groups = num_kv_heads * -(-(num_heads // num_kv_heads) // _ITEM_HEADS) * (head_dim // columns)
         slots = MAX_TOKENS * groups * _MAX_SPLITS * _ITEM_HEADS
         self._arrivals = torch.zeros(2, dtype=torch.int32, device=device)
@@ -261,7 +261,7 @@ class StepProgram:
         self._squares = torch.empty(size, device=device)
         # Queries in bfloat16, and what the warps of a block found.
         self._attention_bytes = 2 * _ITEM_HEADS * (head_dim + 8) * 2
-        self._attention_bytes += _ATTENTION_WARPS * _ITEM_HEADS * (columns + 2) * 4
+        self._attention_bytes += _WARPS * _ITEM_HEADS * (min(head_dim, _MAX_COLUMNS) + 2) * 4
 
     def launch(self, num_tokens: int) -> None:
         """Run on the current stream.

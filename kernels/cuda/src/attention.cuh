@@ -1,6 +1,6 @@
 // Attention of one step over the paged cache: rotary embedding, append, split-KV with grouped queries.
 //
-// An item is (token, key-value head, up to eight of its query heads, 64 columns of the values, split of the
+// An item is (token, key-value head, up to eight of its query heads, 64 or 128 columns of the values, split of the
 // context). Where a split ends depends on the token's position alone, so that a token's result does not depend on
 // its batch. The producer streams an item's KV blocks through the ring like weights; this step's own keys and values
 // are put in their places there. Products run on the tensor cores in bfloat16, queries and probabilities as a sum
@@ -17,9 +17,8 @@ constexpr int kBlockTokens = 16;
 constexpr int kSplitTokens = 256;  // short contexts stay whole: combining costs more than it saves
 constexpr int kMaxSplits = 64;
 constexpr int kItemHeads = 8;
-constexpr int kAttentionWarps = 8;
-constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kConsumerBarrier = 1, kAttentionBarrier = 2;
+constexpr int kConsumers = 32 * kWarps;
+constexpr int kConsumerBarrier = 1;
 
 // Where a step's tokens are: Step's arrays, in shared memory.
 struct Rows {
@@ -38,14 +37,20 @@ struct Item {
 
 // KV blocks of a stage of the ring, at most 32 KB.
 __host__ __device__ constexpr int blocks_per_stage(int head_dim) { return 512 / head_dim; }
-__host__ __device__ constexpr int item_columns(int) { return 64; }  // few enough accumulators
+
+// Columns of the values in an item: 64 spread a few tokens over more blocks, 128 save reading the keys twice.
+__device__ __forceinline__ int item_columns(const AttentionPhase& phase, const Step& step) {
+  const int groups = (phase.num_heads / phase.num_kv_heads + kItemHeads - 1) / kItemHeads;
+  const int items = step.num_tokens * phase.num_kv_heads * groups * (phase.head_dim / 64);
+  return phase.head_dim == 64 || items <= static_cast<int>(gridDim.x) ? 64 : 128;
+}
 
 // fn(item): this block's items, one after the other.
 template <class Fn>
 __device__ __forceinline__ void for_each_item(const AttentionPhase& phase, const Step& step, const Rows& rows, Fn fn) {
   const int heads_per_kv = phase.num_heads / phase.num_kv_heads;
   const int groups = (heads_per_kv + kItemHeads - 1) / kItemHeads;
-  const int halves = phase.head_dim / item_columns(phase.head_dim);
+  const int halves = phase.head_dim / item_columns(phase, step);
   int index = blockIdx.x;
   for (int token = 0; token < step.num_tokens; ++token) {
     const int position = rows.positions[token];
@@ -86,10 +91,9 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int kDim>
+template <int kDim, int kColumns>
 struct SplitAttention {
   static constexpr int kLanes = kDim / 8;               // lanes of a head, eight columns each
-  static constexpr int kColumns = item_columns(kDim);
   static constexpr int kOwn = kColumns / 8;             // columns of the values that a lane's row of operand B holds
   static constexpr int kQueryStride = kDim + 8;         // bfloat16: rows fall on different banks
   static constexpr int kPartStride = kColumns + 2;
@@ -154,6 +158,7 @@ struct SplitAttention {
     const int first_row = rows.first_rows[item.token], first_new = rows.positions[first_row];
     const float* own = phase.qkv + static_cast<int64_t>(item.token) * phase.qkv_stride;
     const float* own_key = own + (phase.num_heads + item.kv_head) * kDim + column;
+    const int64_t block = step.block_table[rows.sequences[item.token] * step.block_table_stride + item.position / kBlockTokens];
     // One round trip to L2: a head of the queries by each warp, and the token's own key and value.
     const Rotary rotary = load_rotary(item.position);
     const Floats8 head = load8(own + (first_head + min(warp, num_heads - 1)) * kDim + column);
@@ -169,7 +174,7 @@ struct SplitAttention {
       *reinterpret_cast<uint4*>(queries + (warp + 8) * kQueryStride + column) = pack8(low);
     }
     const uint4 new_key = pack8(rotate(own_k, phase.k_norm, rotary)), new_value = pack8(own_v);
-    named_barrier(kAttentionBarrier, kAttentionThreads);
+    named_barrier(kConsumerBarrier, kConsumers);
 
     float o[kColumns / 8][4] = {}, largest = -1e30f, total = 0;
     const int first_block = item.first_block(), num_blocks = item.num_blocks();
@@ -177,7 +182,7 @@ struct SplitAttention {
       const int count = min(blocks_per_stage(kDim), num_blocks - begin);
       uint8_t* stage = ring.next(count * kBlockTokens * kDim * 4);
       for (int i = 0; i < count; ++i) {
-        if ((begin + i) % kAttentionWarps != warp) continue;
+        if ((begin + i) % kWarps != warp) continue;
         uint8_t* keys = stage + i * kBlockTokens * kDim * 4;
         uint8_t* values = keys + kBlockTokens * kDim * 2;
         const int base = (first_block + begin + i) * kBlockTokens;
@@ -189,14 +194,24 @@ struct SplitAttention {
       }
       ring.release();
     }
+    if (warp == 0 && item.split + 1 == item.splits && item.group == 0 && item.half == 0) append(item, block, new_key, new_value);
     write_part(o, largest, total);
-    named_barrier(kAttentionBarrier, kAttentionThreads);
+    named_barrier(kConsumerBarrier, kConsumers);
     merge(item, num_heads, phase.out + static_cast<int64_t>(item.token) * phase.out_stride + first_head * kDim + item.half * kColumns);
-    named_barrier(kAttentionBarrier, kAttentionThreads);  // queries, parts and flag are free again
+    named_barrier(kConsumerBarrier, kConsumers);  // queries, parts and flag are free again
   }
 
-  // This step's keys and values into a block in shared memory, and the token's own into the cache; rows beyond the
-  // token become zero, since what lies there may be anything, also NaN.
+  // The token's own key and value into the cache.
+  __device__ void append(const Item& item, int64_t block, const uint4& key, const uint4& value) const {
+    const int64_t at = block_origin(phase, block, item.kv_head) + item.position % kBlockTokens * kDim + column;
+    if (lane < kLanes) {
+      *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.k_cache) + at) = key;
+      *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.v_cache) + at) = value;
+    }
+  }
+
+  // This step's keys and values into a block in shared memory; rows beyond the token become zero, since what lies
+  // there may be anything, also NaN.
   __device__ void complete(const Item& item, int base, int first_row, int first_new, const uint4& new_key,
                            const uint4& new_value, uint8_t* keys, uint8_t* values) const {
     for (int at = max(base, first_new); at < base + kBlockTokens; ++at) {
@@ -215,13 +230,6 @@ struct SplitAttention {
         *reinterpret_cast<uint4*>(keys + byte) = k;
         *reinterpret_cast<uint4*>(values + byte) = v;
       }
-      if (at == item.position && lane < kLanes && item.group == 0 && item.half == 0) {
-        const int64_t block =
-            step.block_table[rows.sequences[item.token] * step.block_table_stride + base / kBlockTokens];
-        const int64_t to = block_origin(phase, block, item.kv_head) * 2 + byte;
-        *reinterpret_cast<uint4*>(static_cast<uint8_t*>(phase.k_cache) + to) = k;
-        *reinterpret_cast<uint4*>(static_cast<uint8_t*>(phase.v_cache) + to) = v;
-      }
     }
     __syncwarp();
   }
@@ -233,7 +241,7 @@ struct SplitAttention {
                             float (&o)[kColumns / 8][4], float& largest, float& total) const {
     const int g = lane / 4, q = lane % 4;
     float s[2][4] = {};
-#pragma unroll
+#pragma unroll 1  // here and below: this code runs once a layer, and fetching instructions is what it waits for
     for (int i = 0; i < kDim / 32; ++i) {
       const int chunk = 4 * i + q;  // of 8 columns
       const uint4 high = *reinterpret_cast<const uint4*>(queries + g * kQueryStride + 8 * chunk);
@@ -307,14 +315,14 @@ struct SplitAttention {
   // Warps in their order, then splits in theirs.
   __device__ void merge(const Item& item, int num_heads, float* out) const {
     const int64_t slot = static_cast<int64_t>(item.slot) * kMaxSplits + item.split;
-    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kAttentionThreads) {
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
       const int head = i / kColumns, column = i % kColumns;
       const float* part = parts + head * kPartStride;
       float m = -1e30f, l = 0, v = 0;
-#pragma unroll
-      for (int w = 0; w < kAttentionWarps; ++w) m = fmaxf(m, part[w * kItemHeads * kPartStride + kColumns]);
-#pragma unroll
-      for (int w = 0; w < kAttentionWarps; ++w) {
+#pragma unroll 2
+      for (int w = 0; w < kWarps; ++w) m = fmaxf(m, part[w * kItemHeads * kPartStride + kColumns]);
+#pragma unroll 2
+      for (int w = 0; w < kWarps; ++w) {
         const float* of_warp = part + w * kItemHeads * kPartStride;
         const float factor = exp2f(of_warp[kColumns] - m);
         l += of_warp[kColumns + 1] * factor;
@@ -331,7 +339,7 @@ struct SplitAttention {
       }
     }
     if (item.splits == 1) return;
-    named_barrier(kAttentionBarrier, kAttentionThreads);
+    named_barrier(kConsumerBarrier, kConsumers);
     if (warp == 0 && lane == 0) {
       __threadfence();
       const bool is_last = atomicAdd(step.split_count + item.slot, 1u) == static_cast<uint32_t>(item.splits - 1);
@@ -339,19 +347,19 @@ struct SplitAttention {
       __threadfence();
       *flag = is_last;
     }
-    named_barrier(kAttentionBarrier, kAttentionThreads);
+    named_barrier(kConsumerBarrier, kConsumers);
     if (*flag) combine(slot - item.split, item.splits, num_heads, out);
   }
 
   __device__ void combine(int64_t first_slot, int splits, int num_heads, float* out) const {
-    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kAttentionThreads) {
+    for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
       const int head = i / kColumns, column = i % kColumns;
       const float* lse = step.split_lse + (first_slot * kItemHeads + head) * 2;
       const float* from = step.split_out + (first_slot * kItemHeads + head) * kColumns + column;
       float m = -1e30f, l = 0, v = 0;
-#pragma unroll 8
+#pragma unroll 4
       for (int s = 0; s < splits; ++s) m = fmaxf(m, __ldcg(lse + s * kItemHeads * 2));
-#pragma unroll 8
+#pragma unroll 4
       for (int s = 0; s < splits; ++s) {
         const float factor = exp2f(__ldcg(lse + s * kItemHeads * 2) - m);
         l += __ldcg(lse + s * kItemHeads * 2 + 1) * factor;

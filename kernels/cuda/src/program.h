@@ -5,7 +5,8 @@
 
 constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 256;
-constexpr int kStageUnits = 8;  // of the ring: 2048 columns of a tile
+constexpr int kWarps = 8;  // that consume; each takes one unit of a stage of the ring, 2048 columns of a tile
+constexpr int kThreads = 32 * (kWarps + 2);  // and a producer and an epilogue warp
 constexpr int kSlabUnits = 16;  // float sums are closed every 4096 columns, whatever the batch
 constexpr int kMaxStages = 32;
 constexpr int kMaxTokens = 16;

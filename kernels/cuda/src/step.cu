@@ -7,6 +7,8 @@
 // norm or the attention runs, the ring fills up; afterwards the consumers, faster than memory, catch up.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "activations.cuh"
 #include "async.cuh"
 #include "attention.cuh"
@@ -25,14 +27,10 @@ namespace {
 // pointer kept in a structure the compiler would lose that it is shared memory.
 extern __shared__ __align__(128) uint8_t shared[];
 
-// Consumer warps: twice as many where registers allow, to hide each other's latencies. A unit's sum is the same bits
-// in both cases, and so is their total: warp w + 8's part is added to warp w's first.
-template <int kMma>
-constexpr int kWarps = kMma == 1 ? 2 * kStageUnits : kStageUnits;
 template <int kMma>
 constexpr int kSumsBuffers = kMma == 4 ? 2 : 4;  // slabs that consumers may be ahead of the epilogue
 template <int kMma>
-constexpr int kSumsBytes = kSumsBuffers<kMma> * kWarps<kMma> * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
+constexpr int kSumsBytes = kSumsBuffers<kMma> * kWarps * kTileRows * 4 * kMma * static_cast<int>(sizeof(float));
 
 struct Control {
   uint64_t stage_full[kMaxStages], stage_empty[kMaxStages];
@@ -64,14 +62,13 @@ struct Plan {
   // fn(item's number in this block, part of the item, segment, tile, first row of out)
   template <class Fn>
   __device__ void for_each(const MatmulPhase& phase, Fn fn) const {
+    const int parts = phase.kind == kGated ? 2 : 1;
     int number = 0;
     for (int item = first; item < items; item += gridDim.x, ++number) {
-      if (phase.kind == kGated) {
-        for (int part = 0; part < 2; ++part) fn(number, part, phase.segments[part], item, item * kTileRows);
-      } else {
+      for (int part = 0; part < parts; ++part) {  // one place that calls fn: its code is large
         int tile = item, row = 0;
-        const Segment& segment = locate(phase, tile, row);
-        fn(number, 0, segment, tile, row + tile * kTileRows);
+        const Segment& segment = parts == 2 ? phase.segments[part] : locate(phase, tile, row);
+        fn(number, part, segment, tile, row + tile * kTileRows);
       }
     }
   }
@@ -156,12 +153,6 @@ struct RingReader {
     if (lane == 0) mbarrier_arrive(&control->stage_empty[stage % kMaxStages]);
     ++stage;
   }
-
-  // A stage of other warps.
-  __device__ void skip(uint32_t bytes) {
-    place(at, bytes, ring_bytes);
-    ++stage;
-  }
 };
 
 __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingWriter& writer) {
@@ -171,8 +162,8 @@ __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingW
     const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
     plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
       const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * segment.unit_bytes;
-      for (int unit = first; unit < last; unit += kStageUnits) {
-        const uint32_t bytes = min(kStageUnits, last - unit) * segment.unit_bytes;
+      for (int unit = first; unit < last; unit += kWarps) {
+        const uint32_t bytes = min(kWarps, last - unit) * segment.unit_bytes;
         uint64_t* bar;
         uint8_t* to = writer.open(bytes, bar);
         stream_copy(to, data, bytes, bar);
@@ -222,21 +213,20 @@ __device__ void produce(const Step& step, Control& control, int lane) {
   }
 }
 
-// By value: a reader that another function may change would live in memory. Eight warps attend, others skip.
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// By value: a reader that another function may change would live in memory.
 __device__ RingReader attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control,
                              RingReader ring, int warp, int lane) {
-  if (warp >= kAttentionWarps) {
-    for_each_item(phase, step, control.rows, [&](const Item& item) {
-      const int per_stage = blocks_per_stage(phase.head_dim), count = item.num_blocks();
-      for (int begin = 0; begin < count; begin += per_stage)
-        ring.skip(min(per_stage, count - begin) * kBlockTokens * phase.head_dim * 4);
-    });
-    return ring;
-  }
-  const auto with = [&](auto attention) { return attention.run(ring); };
-  if (phase.head_dim == 64) return with(SplitAttention<64>(phase, step, control.rows, x_room, &control.flag, warp, lane));
-  if (phase.head_dim == 128) return with(SplitAttention<128>(phase, step, control.rows, x_room, &control.flag, warp, lane));
-  return with(SplitAttention<256>(phase, step, control.rows, x_room, &control.flag, warp, lane));
+  const auto run = [&](auto dim, auto columns) {
+    return SplitAttention<dim(), columns()>(phase, step, control.rows, x_room, &control.flag, warp, lane).run(ring);
+  };
+  const bool is_wide = item_columns(phase, step) == 128;
+  if (phase.head_dim == 64) return run(Constant<64>{}, Constant<64>{});
+  if (phase.head_dim == 128)
+    return is_wide ? run(Constant<128>{}, Constant<128>{}) : run(Constant<128>{}, Constant<64>{});
+  return is_wide ? run(Constant<256>{}, Constant<128>{}) : run(Constant<256>{}, Constant<64>{});
 }
 
 // What the next phase will read and nobody writes, brought into L2 before the grid barrier; blocks share it out.
@@ -249,11 +239,10 @@ __device__ void prefetch_phase(const Phase& next, int lane) {
 }
 
 // A share of the step's activations, quantized once for all blocks.
-template <int kAllWarps>
 __device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, int lane) {
   const int tokens = step.num_tokens;
   const Activations x(step.prepared, phase.units, tokens);
-  for (int pair = blockIdx.x * kAllWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kAllWarps) {
+  for (int pair = blockIdx.x * kWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kWarps) {
     Batch<1> batch;
     batch.unit[0] = pair / tokens, batch.token[0] = pair % tokens, batch.is_there[0] = true;
     const int column = batch.unit[0] * kUnitColumns + 8 * lane;
@@ -269,7 +258,6 @@ __device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, in
 }
 
 // Units first .. first + count - 1 of the prepared activations into shared memory.
-template <int kAllThreads>
 __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int first, int count, const Activations& x,
                               Control& control, uint32_t parity, int warp, int lane) {
   const int tokens = step.num_tokens;
@@ -280,7 +268,7 @@ __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int fi
     bulk_copy(x.codes, from.codes + first * tokens * 512, count * tokens * 512, &control.x_full);
     bulk_copy(x.sums, from.sums + first * tokens * 8, count * tokens * 32, &control.x_full);
   }
-  for (int i = warp * 32 + lane; i < count * tokens; i += kAllThreads) x.scales[i] = __ldcg(from.scales + first * tokens + i);
+  for (int i = warp * 32 + lane; i < count * tokens; i += kConsumers) x.scales[i] = __ldcg(from.scales + first * tokens + i);
   mbarrier_wait(&control.x_full, parity);
 }
 
@@ -297,7 +285,7 @@ struct SumsWriter {
     constexpr uint32_t kBuffers = kSumsBuffers<kMma>;
     const uint32_t buffer = count % kBuffers;
     mbarrier_wait(&control.sums_empty[buffer], ((count / kBuffers) & 1) ^ 1);
-    float* to = sums + (buffer * kWarps<kMma> + warp) * kTileRows * kTokens + lane / 4 * kTokens + lane % 4;
+    float* to = sums + (buffer * kWarps + warp) * kTileRows * kTokens + lane / 4 * kTokens + lane % 4;
 #pragma unroll
     for (int j = 0; j < kMma; ++j)
 #pragma unroll
@@ -311,28 +299,21 @@ struct SumsWriter {
   }
 };
 
-// One tile of 16 rows over `count` units of activations. Of a stage's eight units each of eight warps takes one; where
-// there are sixteen, two halves take turns.
+// One tile of 16 rows over `count` units of activations; of a stage's units each warp takes one.
 template <class F, int kMma, bool kOne>
 __device__ __forceinline__ void tile_dot(const Activations& x, int count, int unit_bytes, int tokens, uint32_t zeros,
                                          RingReader& ring, SumsWriter& sums) {
   float acc[kMma][2] = {};
   const UnitActivations all{shared_address(x.codes), shared_address(x.sums), shared_address(x.scales)};
-  for (int begin = 0; begin < count; begin += kStageUnits) {
-    const uint32_t bytes = min(kStageUnits, count - begin) * unit_bytes;
-    if (kWarps<kMma> == kStageUnits || (begin / kStageUnits) % 2 == sums.warp / kStageUnits) {
-      const int own = sums.warp % kStageUnits, unit = begin + own;
-      const uint32_t weights = shared_address(ring.next(bytes)) + own * unit_bytes;
-      if (unit < count) {
-        const int pairs = unit * tokens;
-        const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
-        unit_dot<F, kMma, kOne>(weights, ux, tokens, zeros, sums.lane, acc);
-      }
-      ring.release();
-    } else {
-      ring.skip(bytes);
+  for (int begin = 0; begin < count; begin += kWarps) {
+    const int unit = begin + sums.warp, pairs = unit * tokens;
+    const uint32_t stage = shared_address(ring.next(min(kWarps, count - begin) * unit_bytes));
+    if (unit < count) {
+      const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
+      unit_dot<F, kMma, kOne>(stage + sums.warp * unit_bytes, ux, tokens, zeros, sums.lane, acc);
     }
-    if ((begin + kStageUnits) % kSlabUnits == 0 || begin + kStageUnits >= count) sums.write<kMma>(acc);
+    ring.release();
+    if ((begin + kWarps) % kSlabUnits == 0 || begin + kWarps >= count) sums.write<kMma>(acc);
   }
 }
 
@@ -347,8 +328,7 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
   RingReader ring{&control, static_cast<uint32_t>(step.ring_bytes), lane};
   SumsWriter sums{sums_room, control, warp, lane};
   const uint32_t zeros = shared_address(control.zeros);
-  constexpr int kThreadsHere = 32 * kWarps<kMma>;
-  const auto barrier = [] { named_barrier(kConsumerBarrier, kThreadsHere); };
+  const auto barrier = [] { named_barrier(kConsumerBarrier, kConsumers); };
   uint32_t copies = 0;
   for (int index = 0; index < step.num_phases; ++index) {
     TRACE(0);
@@ -365,12 +345,12 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
     if (current.matmul.kind == kAttention) {
       ring = attend(current.attention, step, x_room, control, ring, warp, lane);
     } else if (current.matmul.kind == kPrepare) {
-      prepare<kWarps<kMma>>(current.matmul, step, warp, lane);
+      prepare(current.matmul, step, warp, lane);
     } else {
       const MatmulPhase& phase = current.matmul;
       const Plan plan(phase, step);
       if (phase.source == kNorm && phase.delta_norm != nullptr) {
-        for (int token = warp; token < tokens; token += kWarps<kMma>) {
+        for (int token = warp; token < tokens; token += kWarps) {
           const float scale = measure_delta(phase, token, lane);
           if (lane == 0) control.delta_scale[token] = scale;
         }
@@ -382,17 +362,16 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
         const Activations x(x_room, count, tokens);
         if (pass > 0) barrier();  // nobody reads the last pass's codes now
         if (phase.source == kPrepared) {
-          copy_prepared<kThreadsHere>(phase, step, first, count, x, control, copies++ & 1, warp, lane);
+          copy_prepared(phase, step, first, count, x, control, copies++ & 1, warp, lane);
         } else {
           const auto keeps = [&](int unit, int token) {  // every block computes the stream, one writes a piece
             return (unit * kDirectTokens + token) % gridDim.x == blockIdx.x;
           };
           const auto delta_scale = [&](int token) { return control.delta_scale[token]; };
-          constexpr int kStride = kWarps<kMma>;
           if (phase.source == kNorm)
-            quantize_units<2, true>(phase, tokens, warp, kStride, x, delta_scale, control.squares, lane, keeps);
+            quantize_units<2, true>(phase, tokens, warp, kWarps, x, delta_scale, control.squares, lane, keeps);
           else
-            quantize_units<4, false>(phase, tokens, warp, kStride, x, delta_scale, control.squares, lane, keeps);
+            quantize_units<4, false>(phase, tokens, warp, kWarps, x, delta_scale, control.squares, lane, keeps);
         }
         barrier();
         TRACE(2);
@@ -457,16 +436,12 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
             const uint32_t buffer = dumps % kSumsBuffers<kMma>;
             mbarrier_wait(&control.sums_full[buffer], (dumps / kSumsBuffers<kMma>) & 1);
             constexpr int kPart = kTileRows * kTokens;
-            const float* from = sums + buffer * kWarps<kMma> * kPart + lane;
+            const float* from = sums + buffer * kWarps * kPart + lane;
 #pragma unroll
             for (int i = 0; i < kValues; ++i) {
               float slab_sum = 0;
 #pragma unroll
-              for (int w = 0; w < kStageUnits; ++w) {
-                float part = from[w * kPart + 32 * i];
-                if constexpr (kWarps<kMma> > kStageUnits) part += from[(w + kStageUnits) * kPart + 32 * i];
-                slab_sum += part;
-              }
+              for (int w = 0; w < kWarps; ++w) slab_sum += from[w * kPart + 32 * i];
               value[i] += slab_sum;
             }
             __syncwarp();
@@ -518,22 +493,25 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
 }
 
 template <int kMma, bool kOne>
-__global__ void __launch_bounds__(32 * (kWarps<kMma> + 2), 1) run_step(const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ Step step) {
   __shared__ Control control;
   uint8_t* x_room = shared + step.ring_bytes;
   float* sums = reinterpret_cast<float*>(x_room + step.x_bytes);
   float* factors = sums + kSumsBytes<kMma> / sizeof(float);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Opaque to the compiler, which would read the special register again in every loop.
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const int warp = thread / 32, lane = thread % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxStages; ++i) {
       mbarrier_init(&control.stage_full[i], 1);
-      mbarrier_init(&control.stage_empty[i], kStageUnits);
+      mbarrier_init(&control.stage_empty[i], kWarps);
     }
     for (int i = 0; i < 4; ++i) {
-      mbarrier_init(&control.sums_full[i], kWarps<kMma>);
+      mbarrier_init(&control.sums_full[i], kWarps);
       mbarrier_init(&control.sums_empty[i], 1);
     }
-    mbarrier_init(&control.phase_done, kWarps<kMma>);
+    mbarrier_init(&control.phase_done, kWarps);
     mbarrier_init(&control.x_full, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -544,9 +522,9 @@ __global__ void __launch_bounds__(32 * (kWarps<kMma> + 2), 1) run_step(const __g
     control.rows.first_rows[threadIdx.x] = step.first_rows[threadIdx.x];
   }
   __syncthreads();
-  if (warp < kWarps<kMma>) {
+  if (warp < kWarps) {
     consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
-  } else if (warp == kWarps<kMma>) {
+  } else if (warp == kWarps) {
     produce(step, control, lane);
   } else {
     finish<kMma>(step, sums, factors, control, lane);
@@ -564,7 +542,7 @@ cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
     return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(32 * (kWarps<kMma> + 2));
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   cudaLaunchAttribute cooperative{};

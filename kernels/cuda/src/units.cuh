@@ -250,9 +250,8 @@ __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x
 #pragma unroll
   for (int j = 0; j < kMma; ++j) {
     const float scale = shared4(x.scales + (kOne ? 0 : min(4 * j + column, num_tokens - 1)) * 4);
-    // Rounded one by one: the sum is the same whether one warp adds two units, or the epilogue two warps.
-    acc[j][0] = __fadd_rn(acc[j][0], __fmul_rn(u[j][0], scale));
-    acc[j][1] = __fadd_rn(acc[j][1], __fmul_rn(u[j][1], scale));
+    acc[j][0] = fmaf(u[j][0], scale, acc[j][0]);
+    acc[j][1] = fmaf(u[j][1], scale, acc[j][1]);
   }
 }
 
