@@ -303,6 +303,52 @@ def bench_sensitivity(
     report.publish(rows, "Sensitivity analysis", json_path)
 
 
+@bench.command("kernels")
+def bench_kernels(
+    json_path: JsonPath = None,
+    tokens: Annotated[str, typer.Option(help="Comma-separated rows of x.")] = "1,4,8,16",
+    formats: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="N x K, e.g. 8192x8192,4096x14336.")] = None,
+) -> None:
+    """Products over packed weights on a Hopper GPU, cold, beside the read-only rate."""
+    from deploy.bench import report
+    from kernels import bench as kernel_bench
+
+    try:
+        shapes = [tuple(int(v) for v in s.split("x")) for s in sizes.split(",")] if sizes else None
+        names = formats.split(",") if formats else None
+        counts = [int(t) for t in tokens.split(",")]
+        rows = list(kernel_bench.run(counts, names, shapes or kernel_bench.SHAPES))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise fail(str(error)) from None
+    report.publish(rows, "Kernels", json_path)
+
+
+@bench.command("engine")
+def bench_engine(
+    shape: Annotated[str, typer.Option(help="8b, 70b, 123b or 180b.")] = "8b",
+    bits: Annotated[float, typer.Option(help="Bits a weight of the layers.")] = 4.25,
+    batch: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,16",
+    prompt: Annotated[str, typer.Option(help="Comma-separated prompt lengths for TTFT.")] = "128,512",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    long_tokens: Annotated[int, typer.Option(help="Output tokens of the end-to-end run.")] = 2000,
+    json_path: JsonPath = None,
+) -> None:
+    """Decoding on a Hopper GPU with random weights in a real model's shape."""
+    from deploy.bench import engine, report
+    from engine.errors import EngineError
+    from engine.models.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise fail(f"--shape: unknown {shape!r} (known: {', '.join(SHAPES)})")
+    batches, prompts = ([int(v) for v in text.split(",")] for text in (batch, prompt))
+    try:
+        rows = engine.run(shape, bits, batches, prompts, rounds, long_tokens)
+    except EngineError as error:
+        raise fail(str(error)) from None
+    report.publish(rows, f"Engine, {shape}", json_path)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

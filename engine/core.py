@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.config import EngineConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs, TokenOutput
@@ -22,8 +22,9 @@ class EngineCore:
     before its results are waited for, so that the device never waits for the host.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        checkpoint = open_checkpoint(config.model)
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint | None = None) -> None:
+        """`checkpoint` stands in for the one at `config.model` (benchmarks on random weights)."""
+        checkpoint = checkpoint or open_checkpoint(config.model)
         self.runner: Runner = create_runner(config, checkpoint)
         self.kv_cache = KVCacheManager(
             self.runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching

@@ -9,6 +9,7 @@ from engine.errors import ParameterError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_N = 64
+MAX_LOGIT_BIAS = 300  # OpenAI's own limit, and the room of a row on the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class SamplingParams:
             raise ParameterError("stop", "stop strings must be non-empty strings")
         for token_id in self.stop_token_ids:
             _int_in_range("stop_token_ids", token_id, 0, None)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ParameterError("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens, got {len(self.logit_bias)}")
         for token_id, bias in self.logit_bias.items():
             _int_in_range("logit_bias", token_id, 0, None)
             _in_range("logit_bias", bias, -100.0, 100.0)

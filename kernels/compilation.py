@@ -22,8 +22,8 @@ def cached_library(
 ) -> Path:
     """Path of the shared library that `command` (compiler and flags) makes of `sources`, built if needed.
 
-    The cache key covers every file of `directory`, the command, the compiler's version and `salt`. Safe in many
-    processes at once.
+    The cache key covers every file of `directory`, the command, the compiler's version and `salt`. Safe in
+    many processes at once.
 
     Raises:
         OSError: the compiler failed; the message says what it printed.

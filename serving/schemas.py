@@ -322,4 +322,7 @@ class Stats(BaseModel):
     total_cached_tokens: int
     total_output_tokens: int
     total_preemptions: int
+    total_drafts: int
+    total_draft_tokens: int
+    total_accepted_tokens: int
     last_step_s: float

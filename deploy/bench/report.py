@@ -16,17 +16,24 @@ from rich.table import Table
 
 Row = Mapping[str, Any]
 
-_PACKAGES = ("peregrine-llm", "torch", "ray", "transformers", "llama-cpp-python")
+_PACKAGES = ("peregrine-llm", "torch", "triton", "ray", "transformers", "llama-cpp-python")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory."""
+    """GPU where there is one, processor, cores that this process may use, memory."""
     return {
+        **_gpu(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def versions() -> dict[str, str]:

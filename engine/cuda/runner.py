@@ -49,7 +49,7 @@ class CudaModelRunner:
         self.token_budget = config.token_budget or max(DEFAULT_TOKEN_BUDGET["cuda"], config.max_num_seqs)
         limit = rope_limit(shape)
         self.max_model_len = min(config.max_model_len or limit, limit)
-        weights = load_weights(checkpoint, self.max_model_len, self.device)
+        weights = self.weights = load_weights(checkpoint, self.max_model_len, self.device)
         chunk = min(self.token_budget, self.max_model_len)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what repacking took

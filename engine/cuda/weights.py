@@ -67,6 +67,9 @@ def load_weights(checkpoint: Checkpoint, max_model_len: int, device: torch.devic
         ModelLoadError: the checkpoint is damaged.
     """
     config = checkpoint.config
+    if make := getattr(checkpoint, "device_weights", None):  # a RandomModel
+        made: DeviceWeights = make(max_model_len, device)
+        return made
     if config.head_dim not in HEAD_DIMS:
         raise UnsupportedError(f"head_dim {config.head_dim} is not one of {HEAD_DIMS}")
     if config.vocab_size > MAX_VOCAB:

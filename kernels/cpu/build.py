@@ -1,7 +1,7 @@
 """Builds the native CPU library at first use and keeps it in the user's cache directory.
 
-`python -m kernels.cpu.build` does it ahead of time. The cache key covers the processor's features too, so that
-a cache on a shared disk serves different machines.
+`python -m kernels.cpu.build` does it ahead of time. The cache key covers the processor's features too, so
+that a cache on a shared disk serves different machines.
 """
 
 import os

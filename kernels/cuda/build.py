@@ -1,7 +1,7 @@
 """Builds the CUDA library (Hopper, sm_90a) at first use and keeps it in the user's cache directory.
 
-`python -m kernels.cuda.build` does it ahead of time. KERNELS_CUDA_LIBRARY names a library built elsewhere, for
-machines without a compiler.
+`python -m kernels.cuda.build` does it ahead of time. KERNELS_CUDA_LIBRARY names a library built elsewhere,
+for machines without a compiler.
 """
 
 import ctypes
@@ -13,11 +13,20 @@ from pathlib import Path
 from kernels.compilation import cached_library
 
 _SOURCES = Path(__file__).parent / "src"
-_FLAGS = ("-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC", "-shared", "--expt-relaxed-constexpr")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-Xcompiler=-fPIC",
+    "-shared",
+    "--expt-relaxed-constexpr",
+)
 
 
 def build() -> Path:
-    """Path of the shared library, built if it is not there yet (about a minute). Safe in many processes at once.
+    """Path of the shared library, built (in about a minute) if it is not there yet.
+
+    Safe in many processes at once.
 
     Raises:
         OSError: no nvcc, or it failed; the message says what it printed.

@@ -1,20 +1,21 @@
 """Packed weights in tensor-core fragment order: what the CUDA kernels stream.
 
-Made from a checkpoint's bytes (`kernels.formats`) at load. A matrix [N, K] becomes tiles of 16 rows; a tile is a
-row of units of 256 columns, each contiguous, so that any run of units is one bulk copy:
+Made from a checkpoint's bytes (`kernels.formats`) at load. A matrix [N, K] becomes tiles of 16 rows; a tile
+is a row of units of 256 columns, each contiguous, so that any run of units is one bulk copy:
 
     unit    | plane of low bits | plane of high bits | parameters |
 
-A lane l = 4 g + q of the warp holds, for every 32 columns (one mma.m16n8k32, operand A), rows g and g + 8 at
-columns 8 q .. 8 q + 7: registers (h, r) = columns 4 h .. 4 h + 3 of row g + 8 r. So for 64 columns (tile t, mma m):
+A lane l = 4 g + q of the warp holds, for every 32 columns (one mma.m16n8k32, operand A), rows g and g + 8
+at columns 8 q .. 8 q + 7: registers (h, r) = columns 4 h .. 4 h + 3 of row g + 8 r. So for 64 columns (tile
+t, mma m):
 
     8-bit plane   [t][m][lane][h][r][byte]                             16 bytes a lane: one mma
     4-bit plane   [t][lane][m][h][byte], nibble r                      16 bytes a lane: two
     2-bit plane   [t / 2][lane][t % 2][m][byte], bits 2 (2 h + r)      16 bytes a lane: four
     1-bit plane   [lane][t / 2][t % 2][byte], bit _PLANE_BIT[m][h][r]  16 bytes a lane: the unit
 
-Parameters of a group of columns: [g][group][r] pairs of bytes (scale, zero), or of float16 (scale, offset) for
-`affine` formats; none where the row is the group. Row factors (float32 [N]) stay outside:
+Parameters of a group of columns: [g][group][r] pairs of bytes (scale, zero), or of float16 (scale, offset)
+for `affine` formats; none where the row is the group. Row factors (float32 [N]) stay outside:
 
     zero, sym   W = row_factor * scale * (u * 2^(8 - bits) - zero)
     row         W = row_factor * (u - 128), stored as the signed byte u - 128
@@ -70,11 +71,12 @@ DEVICE_FORMATS = (
     DeviceFormat(4, 32, "affine"),
     DeviceFormat(5, 32, "affine"),
     DeviceFormat(8, 32, "affine"),
+    DeviceFormat(2, 128, "zero"),
 )
 
 
 def device_format(f: Format) -> DeviceFormat | None:
-    """The format that holds `f` exactly, groups repeated where it has narrower ones; None if there is none."""
+    """The format that holds `f` exactly, its groups repeated where there are only narrower ones, or None."""
     kind = "affine" if f.kind == "affine" else "zero"
     if f.bits == 8 and f.kind == "sym" and f.group_size == 0:
         return DeviceFormat(8, 0, "zero")

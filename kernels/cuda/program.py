@@ -138,8 +138,8 @@ class StepInputs:
 class PhaseList:
     """Phases under construction, and the tensors that they point at.
 
-    `direct`: every block quantizes the activations for itself (fewest barriers, for one or two tokens). `prepared`:
-    a phase before each product does it once for all blocks.
+    `direct`: every block quantizes the activations for itself (fewest barriers, for one or two tokens).
+    `prepared`: a phase before each product does it once for all blocks.
     """
 
     direct: list[_Phase] = field(default_factory=list)
@@ -165,8 +165,8 @@ class PhaseList:
     ) -> None:
         """out[:, :] = W x, or act(W0 x) * (W1 x) where `activation` is set. x: float32 [tokens, k].
 
-        With `norm`, x is the residual stream: delta (through RMSNorm with `delta_norm`, if set) is added to it, the
-        result goes to `stream`, and RMSNorm of it is multiplied.
+        With `norm`, x is the residual stream: delta (through RMSNorm with `delta_norm`, if set) is added
+        to it, the result goes to `stream`, and RMSNorm of it is multiplied.
         """
         gated = activation is not None
         phase = _Phase()
@@ -237,7 +237,9 @@ class PhaseList:
 class StepProgram:
     """Phases on the device, ready to be launched for 1 to 16 tokens."""
 
-    def __init__(self, phases: PhaseList, inputs: StepInputs, heads: tuple[int, int, int] = (1, 1, 64)) -> None:
+    def __init__(
+        self, phases: PhaseList, inputs: StepInputs, heads: tuple[int, int, int] = (1, 1, 64)
+    ) -> None:
         """heads: query heads, key-value heads, head_dim of the attention phases."""
         device = inputs.positions.device
         self._keep = phases.tensors
@@ -340,9 +342,9 @@ def add_layers(
 ) -> None:
     """Phases of a whole decoder: from the embedded tokens in streams[0] to logits [tokens, vocab].
 
-    The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values, bfloat16 [blocks,
-    kv_heads, 16, head_dim] each. streams: two buffers [tokens, hidden] for the residual stream; the second one takes
-    turns with the first.
+    The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values, bfloat16
+    [blocks, kv_heads, 16, head_dim] each. streams: two buffers [tokens, hidden] for the residual stream; the
+    second one takes turns with the first.
     """
     device, tokens = streams[0].device, streams[0].shape[0]
     first, _ = layers[0]
@@ -356,24 +358,22 @@ def add_layers(
     pending_norm: Tensor | None = None
     for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
         for block in (attention, ffn):
-            enters = {"norm": block.norm, "eps": block.eps, "delta": pending, "delta_norm": pending_norm}
             stream = None if pending is None else other
+            enter = functools.partial(
+                phases.add_matmul,
+                norm=block.norm,
+                eps=block.eps,
+                delta=pending,
+                delta_norm=pending_norm,
+                stream=stream,
+            )
             if isinstance(block, AttentionWeights):
-                phases.add_matmul(
-                    _device_weight(block.qkv), now, qkv, bias=block.qkv_bias, stream=stream, **enters
-                )  # type: ignore[arg-type]
+                enter(_device_weight(block.qkv), now, qkv, bias=block.qkv_bias)
                 phases.add_attention(block, qkv, k_cache, v_cache, attended)
                 phases.add_matmul(_device_weight(block.o), attended, delta, bias=block.o_bias)
             else:
-                phases.add_matmul(
-                    _device_weight(block.gate_up),
-                    now,
-                    gated,
-                    bias=block.gate_up_bias,
-                    activation=block.activation,
-                    stream=stream,
-                    **enters,  # type: ignore[arg-type]
-                )
+                both = _device_weight(block.gate_up)
+                enter(both, now, gated, bias=block.gate_up_bias, activation=block.activation)
                 phases.add_matmul(_device_weight(block.down), gated, delta, bias=block.down_bias)
             if stream is not None:
                 now, other = other, now

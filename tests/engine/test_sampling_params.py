@@ -59,3 +59,8 @@ def test_out_of_range_names_the_field(field, value):
 def test_limits_are_allowed_and_survive_the_way_to_another_process(values):
     params = SamplingParams(**values)
     assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_too_many_biases_are_refused() -> None:
+    with pytest.raises(ParameterError, match="logit_bias"):
+        SamplingParams(logit_bias=dict.fromkeys(range(301), 1.0))

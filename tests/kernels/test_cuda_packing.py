@@ -16,7 +16,18 @@ from kernels.formats import stack
 from tests.kernels.helpers import random_packed
 
 CPU = torch.device("cpu")
-NAMES = ["w2g32", "w2g64", "w3g64", "w3g128", "w4g64", "w4g128", "w5g128", "w6g128-sym", "w8row-sym"]
+NAMES = [
+    "w2g128",
+    "w2g32",
+    "w2g64",
+    "w3g64",
+    "w3g128",
+    "w4g64",
+    "w4g128",
+    "w5g128",
+    "w6g128-sym",
+    "w8row-sym",
+]
 NAMES += ["w4g32-f16", "w5g32-f16", "w8g32-f16", "w4g64-sym", "w4g256", "w3row", "w2row-sym", "w4g64-f16"]
 
 

@@ -1,4 +1,4 @@
-"""The Hopper kernels against float64: every format, ugly sizes, poisoned outputs, rows independent of the batch."""
+"""The Hopper kernels against float64: formats, ugly sizes, poisoned outputs, rows independent of batches."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.kernels.helpers import random_packed, relative_error, rope
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU (sm_90)")]
 DEVICE = torch.device("cuda")
-NAMES = ["w2g32", "w2g64", "w3g64", "w3g128", "w4g64", "w4g128", "w5g128", "w6g128", "w8row-sym"]
+NAMES = ["w2g128", "w2g32", "w2g64", "w3g64", "w3g128", "w4g64", "w4g128", "w5g128", "w6g128", "w8row-sym"]
 NAMES += ["w4g32-f16", "w5g32-f16", "w8g32-f16", "w4g64-sym"]
 SHAPES = [(16, 256), (37, 96), (4000, 4096), (48, 14336), (8200, 800)]
 W4 = DeviceFormat(4, 64, "zero")
@@ -154,8 +154,9 @@ class Decoder:
                 for n, f in ((heads, W4), (kv_heads, W4), (kv_heads, DEVICE_FORMATS[8]))
             ]
             attention = AttentionWeights(
-                norm=vector(hidden), qkv=DeviceWeight(tuple(qkv)), o=matrix(hidden, heads * dim), num_heads=heads,
-                num_kv_heads=kv_heads, head_dim=dim, eps=1e-5, cos=cos, sin=sin, scale=dim**-0.5, window=window,
+                norm=vector(hidden), qkv=DeviceWeight(tuple(qkv)), o=matrix(hidden, heads * dim),
+                num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, eps=1e-5, cos=cos, sin=sin,
+                scale=dim**-0.5, window=window,
                 q_norm=vector(dim) if gemma else None, k_norm=vector(dim) if gemma else None,
                 post_norm=vector(hidden) if gemma else None,
             )  # fmt: skip

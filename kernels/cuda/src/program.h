@@ -83,7 +83,4 @@ struct Step {
   uint8_t* prepared;      // Activations of the widest x
   float* prepared_squares;  // [units][tokens]
   int32_t ring_bytes, x_bytes, factor_bytes, slabs_that_fit;
-#ifdef PEREGRINE_TRACE
-  long long* trace;
-#endif
 };

@@ -15,12 +15,6 @@
 #include "program.h"
 #include "units.cuh"
 
-#ifdef PEREGRINE_TRACE
-#define TRACE(k) if (warp == 0 && lane == 0 && step.trace) step.trace[(blockIdx.x * step.num_phases + index) * 8 + (k)] = clock64()
-#else
-#define TRACE(k)
-#endif
-
 namespace {
 
 // Ring, activations, sums, row factors. The ring comes first, so that a place in it is an offset here: through a
@@ -331,7 +325,6 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
   const auto barrier = [] { named_barrier(kConsumerBarrier, kConsumers); };
   uint32_t copies = 0;
   for (int index = 0; index < step.num_phases; ++index) {
-    TRACE(0);
     if (warp == 0 && index > 0) {
       reader.wait();
       prefetch_phase(reader.copies[index & 1], lane);
@@ -339,7 +332,6 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
       __syncwarp();
     }
     barrier();
-    TRACE(1);
     const Phase& current = reader.copies[index & 1];
     if (warp == 0) reader.fetch(index + 1);  // the copy before this one is not read any more
     if (current.matmul.kind == kAttention) {
@@ -374,7 +366,6 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
             quantize_units<4, false>(phase, tokens, warp, kWarps, x, delta_scale, control.squares, lane, keeps);
         }
         barrier();
-        TRACE(2);
         plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
           with_format(segment.format, [&](auto format) {
             tile_dot<decltype(format), kMma, kOne>(x, count, segment.unit_bytes, tokens, zeros, ring, sums);
@@ -382,7 +373,6 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
         });
       }
     }
-    TRACE(3);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&control.phase_done);
   }

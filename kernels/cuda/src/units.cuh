@@ -272,6 +272,7 @@ __host__ __device__ __forceinline__ bool with_format(int format, Fn fn) {
     case 9: fn(UnitFormat<4, 32, true>{}); return true;
     case 10: fn(UnitFormat<5, 32, true>{}); return true;
     case 11: fn(UnitFormat<8, 32, true>{}); return true;
+    case 12: fn(UnitFormat<2, 128, false>{}); return true;
     default: return false;
   }
 }

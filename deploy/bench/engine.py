@@ -1,0 +1,116 @@
+"""Decoding on a GPU in a real model's shape, on random weights: first token, between tokens, end to end.
+
+Every figure stands beside the floor: the bytes that a step must read (the layers' matrices and the head) over
+the read-only rate measured in the same run.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from engine import EngineConfig, SamplingParams
+from engine.core import EngineCore
+from engine.cuda.random_model import RandomModel
+from engine.messages import AddRequest
+from engine.models.shapes import SHAPES
+from kernels.cuda.bandwidth import read_rate_gb_s
+
+_MAX_MODEL_LEN = 4096
+_SHORT, _LONG = 8, 136  # output tokens; their difference leaves prefill and scheduling of the prompt out
+_OPS_PER_LAYER = 11  # one kernel an op: 2 norms, 2 qkv/rope, append, attention, o, gate/up, act, down, add
+
+
+def run(
+    shape: str, bits: float, batches: Sequence[int], prompts: Sequence[int], rounds: int, long_tokens: int
+) -> list[dict[str, Any]]:
+    """Rows of engine.json. long_tokens: output tokens of the end-to-end run (0: none)."""
+    console = Console(stderr=True)
+    rate = read_rate_gb_s()
+    torch.cuda.empty_cache()
+    config = SHAPES[shape]
+    model = RandomModel(config, bits)
+    core = EngineCore(
+        EngineConfig(
+            model=f"random-{shape}",
+            max_model_len=_MAX_MODEL_LEN,
+            max_num_seqs=max(16, *batches),
+            kv_cache_bytes=config.num_kv_bytes_per_token(2) * max(_MAX_MODEL_LEN, 512 * max(batches)),
+            enable_prefix_caching=False,
+            speculative_tokens=0,
+        ),
+        model,
+    )
+    core.warm_up()
+    timer = Timer(core, config.vocab_size)
+    weights = core.runner.weights  # type: ignore[attr-defined]
+    read_bytes = sum(m.nbytes for m in weights.matrices) - weights.embedding.nbytes
+    floor_ms = read_bytes / rate / 1e6
+    launches = timer.launches_per_token()
+    rows: list[dict[str, Any]] = []
+    base = {"shape": shape, "bits": bits, "read_gb_s": round(rate), "weight_gb": round(read_bytes / 1e9, 2)}
+    for num_prompt in prompts:
+        ttft = median(timer.seconds(1, num_prompt, 1) for _ in range(max(rounds, 3)))
+        rows.append({**base, "batch": 1, "prompt_tokens": num_prompt, "ttft_ms": round(ttft * 1e3, 2)})
+        console.print(rows[-1])
+    for batch in batches:
+        itl = median(timer.itl_s(batch) for _ in range(rounds)) * 1e3
+        row = {
+            **base,
+            "batch": batch,
+            "prompt_tokens": 128,
+            "itl_ms": round(itl, 3),
+            "tok_s": round(batch / itl * 1e3, 1),
+            "floor_ms": round(floor_ms, 3),
+            "share_of_floor": round(floor_ms / itl, 3),
+            "launches_per_token": launches,
+            "launches_one_per_op": _OPS_PER_LAYER * config.num_layers + 4,
+        }
+        if batch == 1 and long_tokens:
+            row[f"e2e_{long_tokens}_s"] = round(timer.seconds(1, 128, long_tokens), 3)
+        row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        rows.append(row)
+        console.print(row)
+    return rows
+
+
+class Timer:
+    """Drives an EngineCore with random prompts."""
+
+    def __init__(self, core: EngineCore, vocab_size: int) -> None:
+        self.core, self.vocab_size = core, vocab_size
+        self._count = 0
+
+    def seconds(self, batch: int, num_prompt: int, num_output: int) -> float:
+        """From handing in `batch` requests to their last token."""
+        generator = torch.Generator().manual_seed(self._count)
+        prompts = torch.randint(1, self.vocab_size, (batch, num_prompt), generator=generator).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+        start = time.perf_counter()
+        for prompt in prompts:
+            self._count += 1
+            self.core.add_request(AddRequest(f"r{self._count}", tuple(prompt), params, start))
+        while self.core.has_work:
+            self.core.step()
+        return time.perf_counter() - start
+
+    def itl_s(self, batch: int) -> float:
+        """Seconds between a stream's tokens."""
+        return (self.seconds(batch, 128, _LONG) - self.seconds(batch, 128, _SHORT)) / (_LONG - _SHORT)
+
+    def launches_per_token(self) -> float:
+        """Kernels on the device for each decoded token of one stream, by the profiler."""
+
+        def kernels_of(num_output: int) -> int:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                self.seconds(1, 128, num_output)
+                torch.cuda.synchronize()
+            return sum(
+                e.count for e in profile.key_averages() if e.self_device_time_total > 0 and "Mem" not in e.key
+            )
+
+        self.seconds(1, 128, 40)
+        return round((kernels_of(40) - kernels_of(8)) / 32, 2)
