@@ -1,6 +1,6 @@
 """Decoding speed against batch, under the roof that memory and tensor cores set: an SVG from engine.json.
 
-python -m deploy.bench.roofline docs/benchmarks/roofline.svg docs/benchmarks/engine.json docs/benchmarks/peer.json
+python -m deploy.bench.roofline OUT.svg engine.json peer.json
 """
 
 import json
