@@ -44,4 +44,6 @@ def _family(method: str) -> str:
 
 if __name__ == "__main__":
     out, *files = map(Path, sys.argv[1:])
-    plot([json.loads(f.read_text())["rows"] for f in files], out)
+    every = [row for f in files for row in json.loads(f.read_text())["rows"]]
+    models = dict.fromkeys(row["model"] for row in every)
+    plot([[row for row in every if row["model"] == model] for model in models], out)
