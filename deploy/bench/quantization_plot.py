@@ -24,11 +24,13 @@ def plot(tables: Sequence[Sequence[Mapping[str, Any]]], target: Path) -> None:
         1, len(tables), figsize=(6 * len(tables), 4.5), layout="constrained", squeeze=False
     )
     for axes, rows in zip(all_axes[0], tables, strict=True):
-        for prefix, marker in _MARKERS.items():
+        for i, (prefix, marker) in enumerate(_MARKERS.items()):
             points = sorted((r["bits"], r["kl"]) for r in rows if _family(r["method"]) == prefix)
             if points:
                 style = "-" if prefix == "peregrine" else ""
-                axes.plot(*zip(*points, strict=True), marker=marker, linestyle=style, label=prefix)
+                axes.plot(
+                    *zip(*points, strict=True), marker=marker, linestyle=style, label=prefix, color=f"C{i}"
+                )
         axes.set(title=rows[0]["model"], xlabel="bits a weight, all told", yscale="log")
         axes.grid(alpha=0.3)
     all_axes[0][0].set_ylabel("KL to the reference (nats a token)")
