@@ -46,48 +46,51 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput) -> StepInput:
         """Tensors for the scheduled tokens, in the scheduler's order."""
-        num_seqs, size = len(output.scheduled), self.block_size
+        size = self.block_size
         token_ids: list[int] = []
-        positions = np.empty(output.num_tokens, dtype=np.int32)
-        query_start = np.zeros(num_seqs + 1, dtype=np.int32)
-        rows = np.empty(num_seqs, dtype=np.intp)
-        for i, part in enumerate(output.scheduled):
-            begin, end = part.num_computed_tokens, part.num_computed_tokens + part.num_scheduled_tokens
-            first = query_start[i]
-            last = query_start[i + 1] = first + part.num_scheduled_tokens
-            token_ids.extend(part.request.all_token_ids[begin:end])
-            token_ids.extend(part.draft_token_ids)
-            positions[first:last] = range(begin, end) if last - first < 8 else np.arange(begin, end)
-            rows[i] = self._update_row(part.request)
-
-        num_query = np.diff(query_start)
-        seq_lens = positions[query_start[1:] - 1] + 1
-        block_table = self._block_table[rows, : -(-int(seq_lens.max()) // size)]
-        seq_of_token = np.repeat(np.arange(num_seqs), num_query)
-        slots = block_table[seq_of_token, positions // size] * size + positions % size
+        positions: list[int] = []
+        slots: list[int] = []
+        query_start = [0]
+        seq_lens: list[int] = []
         sampled: list[ScheduledRequest] = []
         sampled_rows: list[SampledRow] = []
         sampled_indices: list[int] = []
-        for part, last in zip(output.scheduled, query_start[1:].tolist(), strict=True):
+        # Plain lists, two tensors: between two forward passes every array operation starts with cold caches
+        # and takes longer than this loop does for a decode step.
+        for part in output.scheduled:
+            request, drafts = part.request, part.draft_token_ids
+            begin, end = part.num_computed_tokens, part.num_computed_tokens + part.num_scheduled_tokens
+            token_ids += request.all_token_ids[begin:end]
+            token_ids += drafts
+            positions += range(begin, end)
+            block_ids = request.block_ids
+            slots += [block_ids[i // size] * size + i % size for i in range(begin, end)]
+            last = len(positions)
+            query_start.append(last)
+            seq_lens.append(end)
             if part.is_sampled:
                 sampled.append(part)
-                first = last - 1 - len(part.draft_token_ids)
-                sampled_rows += [
-                    SampledRow(part.request, part.draft_token_ids[:i]) for i in range(last - first)
-                ]
-                sampled_indices += range(first, last)
+                sampled_rows += [SampledRow(request, drafts[:i]) for i in range(1 + len(drafts))]
+                sampled_indices += range(last - 1 - len(drafts), last)
+        rows = [self._update_row(part.request) for part in output.scheduled]
+        block_table = self._block_table[rows, : -(-max(seq_lens) // size)]
+
+        fields = torch.tensor(positions + slots + query_start + seq_lens, dtype=torch.int32).to(self.device)
+        num_tokens, num_seqs = len(positions), len(rows)
+        at = (num_tokens, 2 * num_tokens, 2 * num_tokens + num_seqs + 1)
+        indices = torch.tensor(token_ids + sampled_indices, dtype=torch.int64).to(self.device)
         return StepInput(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64).to(self.device),
+            token_ids=indices[:num_tokens],
             metadata=kernels.AttentionMetadata(
-                positions=self._to_device(positions),
-                slot_mapping=self._to_device(slots.astype(np.int32, copy=False)),
-                query_start_loc=self._to_device(query_start),
-                seq_lens=self._to_device(seq_lens),
-                block_table=self._to_device(np.ascontiguousarray(block_table)),
+                positions=fields[: at[0]],
+                slot_mapping=fields[at[0] : at[1]],
+                query_start_loc=fields[at[1] : at[2]],
+                seq_lens=fields[at[2] :],
+                block_table=torch.from_numpy(block_table).to(self.device),
             ),
             sampled=tuple(sampled),
             rows=tuple(sampled_rows),
-            sampled_indices=torch.tensor(sampled_indices, dtype=torch.int64).to(self.device),
+            sampled_indices=indices[num_tokens:],
         )
 
     def _update_row(self, request: Request) -> int:
@@ -99,6 +102,3 @@ class InputBatch:
             self._block_table[row, known : len(block_ids)] = block_ids[known:]
             self._num_blocks[row] = len(block_ids)
         return row
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)

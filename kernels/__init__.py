@@ -7,6 +7,7 @@ the environment variable KERNELS_BACKEND forces one.
 from kernels.dispatch import (
     attention_block,
     backend_name,
+    decoder_layers,
     embed,
     ffn_block,
     linear,
@@ -37,6 +38,7 @@ __all__ = [
     "Weight",
     "attention_block",
     "backend_name",
+    "decoder_layers",
     "dequantize",
     "embed",
     "ffn_block",

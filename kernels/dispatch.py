@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -51,6 +52,24 @@ def attention_block(
 ) -> None:
     """See `reference.attention_block`."""
     (_native_for(x) or reference).attention_block(x, weights, k_cache, v_cache, metadata)
+
+
+def decoder_layers(
+    x: Tensor,
+    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    caches: Sequence[tuple[Tensor, Tensor]],
+    metadata: AttentionMetadata,
+) -> None:
+    """`attention_block` and `ffn_block` of every layer in turn; caches: keys and values of each.
+
+    Natively one call: between two calls the processors' caches are the weights', and Python starts cold.
+    """
+    native = _native_for(x)
+    if native is not None and native.run_layers(x, layers, caches, metadata):
+        return
+    for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
+        attention_block(x, attention, k_cache, v_cache, metadata)
+        ffn_block(x, ffn)
 
 
 def ffn_block(x: Tensor, weights: FFNWeights) -> None:

@@ -63,9 +63,7 @@ class LlamaModel:
         x = kernels.embed(token_ids, self.weights.embedding)
         if self.config.embedding_scale != 1.0:
             x *= self.config.embedding_scale
-        for (attention, ffn), (keys, values) in zip(self.weights.layers, kv_cache.layers, strict=True):
-            kernels.attention_block(x, attention, keys, values, metadata)
-            kernels.ffn_block(x, ffn)
+        kernels.decoder_layers(x, self.weights.layers, kv_cache.layers, metadata)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

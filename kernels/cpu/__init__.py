@@ -7,7 +7,8 @@ a call costs about two microseconds of Python.
 
 import ctypes
 import os
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p, pointer
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -76,17 +77,32 @@ class _FfnBlock(ctypes.Structure):
     )
 
 
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("attention", POINTER(_AttentionBlock)),
+        ("ffn", POINTER(_FfnBlock)),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+    )
+
+
 def _load() -> Any:
     library = ctypes.CDLL(str(build()))
-    pointer = c_void_p
     library.pg_set_threads.argtypes = [c_int32]
     library.pg_isa.restype = c_char_p
-    library.pg_linear.argtypes = [POINTER(_Weight), pointer, c_int64, pointer, pointer]
-    library.pg_paged_attention.argtypes = [POINTER(_Shape), POINTER(_Step), pointer, c_int64, *[pointer] * 3]
-    library.pg_attention_block.argtypes = [POINTER(_AttentionBlock), POINTER(_Step), *[pointer] * 3]
-    library.pg_ffn_block.argtypes = [POINTER(_FfnBlock), pointer, c_int64]
-    library.pg_logits.argtypes = [POINTER(_Weight), pointer, c_float, pointer, c_int64, pointer]
-    library.pg_embed.argtypes = [POINTER(_Matrix), pointer, c_int64, pointer]
+    library.pg_linear.argtypes = [POINTER(_Weight), c_void_p, c_int64, c_void_p, c_void_p]
+    library.pg_paged_attention.argtypes = [
+        POINTER(_Shape),
+        POINTER(_Step),
+        c_void_p,
+        c_int64,
+        *[c_void_p] * 3,
+    ]
+    library.pg_attention_block.argtypes = [POINTER(_AttentionBlock), POINTER(_Step), *[c_void_p] * 3]
+    library.pg_ffn_block.argtypes = [POINTER(_FfnBlock), c_void_p, c_int64]
+    library.pg_layers.argtypes = [POINTER(_Layer), c_int32, POINTER(_Step), c_void_p]
+    library.pg_logits.argtypes = [POINTER(_Weight), c_void_p, c_float, c_void_p, c_int64, c_void_p]
+    library.pg_embed.argtypes = [POINTER(_Matrix), c_void_p, c_int64, c_void_p]
     for name in (
         "pg_embed",
         "pg_set_threads",
@@ -94,6 +110,7 @@ def _load() -> Any:
         "pg_paged_attention",
         "pg_attention_block",
         "pg_ffn_block",
+        "pg_layers",
         "pg_logits",
     ):
         getattr(library, name).restype = None
@@ -103,6 +120,7 @@ def _load() -> Any:
 _lib = _load()
 _structs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _last_step: tuple[AttentionMetadata, _Step] | None = None
+_layers: WeakKeyDictionary[AttentionWeights, tuple[Any, Any]] = WeakKeyDictionary()  # by the first block
 
 
 def set_num_threads(num_threads: int) -> None:
@@ -148,6 +166,24 @@ def embed(token_ids: Tensor, table: Weight) -> Tensor:
     return out
 
 
+def run_layers(
+    x: Tensor,
+    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    caches: Sequence[tuple[Tensor, Tensor]],
+    metadata: AttentionMetadata,
+) -> bool:
+    """`dispatch.decoder_layers` in one native call; False, with nothing done, where a block has none."""
+    key = layers[0][0]
+    known = _layers.get(key)
+    if known is None or known[0] is not caches:
+        known = _layers[key] = (caches, _layer_structs(x, layers, caches))
+    structs = known[1]
+    if structs is None or not (x.dtype == torch.float32 and x.is_contiguous()):
+        return False
+    _lib.pg_layers(structs, len(structs), byref(_step(metadata)), x.data_ptr())
+    return True
+
+
 def attention_block(
     x: Tensor, weights: AttentionWeights, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
 ) -> None:
@@ -155,9 +191,7 @@ def attention_block(
     if not _can_run(x, k_cache, weights):
         reference.attention_block(x, weights, k_cache, v_cache, metadata)
         return
-    struct = _structs.get(weights)
-    if struct is None:
-        struct = _structs[weights] = _attention_struct(weights)
+    struct = _attention_struct(weights)
     if isinstance(struct, _AttentionBlock):
         _lib.pg_attention_block(
             byref(struct), byref(_step(metadata)), x.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
@@ -168,11 +202,8 @@ def attention_block(
 
 def ffn_block(x: Tensor, weights: FFNWeights) -> None:
     """See `reference.ffn_block`."""
-    struct = _structs.get(weights)
-    if struct is None:
-        is_packed = not (isinstance(weights.gate_up, Tensor) or isinstance(weights.down, Tensor))
-        struct = _structs[weights] = _ffn_struct(weights) if is_packed else False
-    if not isinstance(struct, _FfnBlock) or not (x.dtype == torch.float32 and x.is_contiguous()):
+    struct = _ffn_struct(weights)
+    if struct is None or not (x.dtype == torch.float32 and x.is_contiguous()):
         reference.ffn_block(x, weights, linear)
         return
     _lib.pg_ffn_block(byref(struct), x.data_ptr(), x.shape[0])
@@ -240,18 +271,43 @@ def _can_run(x: Tensor, k_cache: Tensor, w: AttentionWeights) -> bool:
 
 
 def _attention_struct(w: AttentionWeights) -> _AttentionBlock | _Shape:
-    shape = _Shape(w.num_heads, w.num_kv_heads, w.head_dim, w.window or 0, w.scale)
-    if isinstance(w.qkv, Tensor) or isinstance(w.o, Tensor):
-        return shape
-    tensors = (w.norm, w.qkv_bias, w.o_bias, w.q_norm, w.k_norm, w.post_norm, w.cos, w.sin)
-    return _AttentionBlock(_weight(w.qkv), _weight(w.o), *map(_address, tensors), shape, w.eps)
+    struct = _structs.get(w)
+    if struct is None:
+        shape = _Shape(w.num_heads, w.num_kv_heads, w.head_dim, w.window or 0, w.scale)
+        if isinstance(w.qkv, Tensor) or isinstance(w.o, Tensor):
+            struct = shape
+        else:
+            tensors = (w.norm, w.qkv_bias, w.o_bias, w.q_norm, w.k_norm, w.post_norm, w.cos, w.sin)
+            struct = _AttentionBlock(_weight(w.qkv), _weight(w.o), *map(_address, tensors), shape, w.eps)
+        _structs[w] = struct
+    return struct
 
 
-def _ffn_struct(w: FFNWeights) -> _FfnBlock:
-    assert not isinstance(w.gate_up, Tensor)
-    assert not isinstance(w.down, Tensor)
-    pointers = map(_address, (w.norm, w.gate_up_bias, w.down_bias, w.post_norm))
-    return _FfnBlock(_weight(w.gate_up), _weight(w.down), *pointers, w.eps, int(w.activation == "gelu_tanh"))
+def _ffn_struct(w: FFNWeights) -> _FfnBlock | None:
+    if isinstance(w.gate_up, Tensor) or isinstance(w.down, Tensor):
+        return None
+    struct = _structs.get(w)
+    if struct is None:
+        pointers = map(_address, (w.norm, w.gate_up_bias, w.down_bias, w.post_norm))
+        is_gelu = int(w.activation == "gelu_tanh")
+        struct = _FfnBlock(_weight(w.gate_up), _weight(w.down), *pointers, w.eps, is_gelu)
+        _structs[w] = struct
+    return struct
+
+
+def _layer_structs(
+    x: Tensor,
+    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    caches: Sequence[tuple[Tensor, Tensor]],
+) -> Any | None:
+    structs = []
+    for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
+        first, second = _attention_struct(attention), _ffn_struct(ffn)
+        is_native = isinstance(first, _AttentionBlock) and second is not None
+        if not (is_native and _can_run(x, k_cache, attention)):
+            return None
+        structs.append(_Layer(pointer(first), pointer(second), k_cache.data_ptr(), v_cache.data_ptr()))
+    return (_Layer * len(structs))(*structs)
 
 
 def _step(metadata: AttentionMetadata) -> _Step:

@@ -114,10 +114,6 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 struct AttentionBlock {
   Weight qkv, o;
   const float *norm, *qkv_bias, *o_bias, *q_norm, *k_norm, *post_norm, *cos, *sin;
@@ -132,38 +128,13 @@ struct FfnBlock {
   int32_t is_gelu;  // tanh form; else silu
 };
 
-void pg_set_threads(int num_threads) {
-  std::lock_guard guard(library_lock);
-  pool().resize(num_threads);
-}
+struct Layer {
+  const AttentionBlock* attention;
+  const FfnBlock* ffn;
+  float *k_cache, *v_cache;
+};
 
-const char* pg_isa() {
-#if defined(__AVX512VNNI__)
-  return "avx512vnni";
-#elif defined(__AVX2__)
-  return "avx2";
-#else
-  return "generic";
-#endif
-}
-
-void pg_linear(const Weight* w, const float* x, int64_t m, const float* bias, float* out) {
-  std::lock_guard guard(library_lock);
-  QuantizedRows& quantized = workspace().quantized;
-  quantized.resize(m, w->k);
-  for_rows(m, [&](int64_t row) { quantized.quantize_row(row, x + row * w->k); });
-  gemm(pool(), *w, quantized, m,
-       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(out + token * w->n, v, bias, row, valid); });
-}
-
-void pg_paged_attention(const AttentionShape* shape, const Step* step, const float* q, int64_t q_stride,
-                        const float* k_cache, const float* v_cache, float* out) {
-  std::lock_guard guard(library_lock);
-  paged_attention(pool(), *shape, *step, q, q_stride, k_cache, v_cache, out);
-}
-
-void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, float* k_cache, float* v_cache) {
-  std::lock_guard guard(library_lock);
+void attention_block(const AttentionBlock* w, const Step* step, float* x, float* k_cache, float* v_cache) {
   const AttentionShape& s = w->shape;
   const int64_t m = step->num_tokens;
   const int dim = s.head_dim, hidden = w->qkv.k, width = w->qkv.n;
@@ -201,8 +172,7 @@ void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, flo
   project_and_add(w->o, w->o_bias, w->post_norm, w->eps, ws.quantized, m, ws.wide, x);
 }
 
-void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
-  std::lock_guard guard(library_lock);
+void ffn_block(const FfnBlock* w, float* x, int64_t m) {
   const int hidden = w->gate_up.k, width = w->gate_up.n, ffn = w->down.k;
   Workspace& ws = workspace();
   norm_quantize(x, w->norm, w->eps, m, hidden, ws.quantized);
@@ -223,6 +193,58 @@ void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
     ws.quantized.quantize_row(row, gate);
   });
   project_and_add(w->down, w->down_bias, w->post_norm, w->eps, ws.quantized, m, ws.narrow, x);
+}
+
+}  // namespace
+
+extern "C" {
+
+void pg_set_threads(int num_threads) {
+  std::lock_guard guard(library_lock);
+  pool().resize(num_threads);
+}
+
+const char* pg_isa() {
+#if defined(__AVX512VNNI__)
+  return "avx512vnni";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "generic";
+#endif
+}
+
+void pg_linear(const Weight* w, const float* x, int64_t m, const float* bias, float* out) {
+  std::lock_guard guard(library_lock);
+  QuantizedRows& quantized = workspace().quantized;
+  quantized.resize(m, w->k);
+  for_rows(m, [&](int64_t row) { quantized.quantize_row(row, x + row * w->k); });
+  gemm(pool(), *w, quantized, m,
+       [&](int64_t token, int64_t row, vf v, int valid) { put<false>(out + token * w->n, v, bias, row, valid); });
+}
+
+void pg_paged_attention(const AttentionShape* shape, const Step* step, const float* q, int64_t q_stride,
+                        const float* k_cache, const float* v_cache, float* out) {
+  std::lock_guard guard(library_lock);
+  paged_attention(pool(), *shape, *step, q, q_stride, k_cache, v_cache, out);
+}
+
+void pg_attention_block(const AttentionBlock* w, const Step* step, float* x, float* k_cache, float* v_cache) {
+  std::lock_guard guard(library_lock);
+  attention_block(w, step, x, k_cache, v_cache);
+}
+
+void pg_ffn_block(const FfnBlock* w, float* x, int64_t m) {
+  std::lock_guard guard(library_lock);
+  ffn_block(w, x, m);
+}
+
+void pg_layers(const Layer* layers, int32_t num_layers, const Step* step, float* x) {
+  std::lock_guard guard(library_lock);
+  for (const Layer* l = layers; l < layers + num_layers; ++l) {
+    attention_block(l->attention, step, x, l->k_cache, l->v_cache);
+    ffn_block(l->ffn, x, step->num_tokens);
+  }
 }
 
 void pg_logits(const Weight* head, const float* norm, float eps, const float* x, int64_t m, float* out) {
