@@ -205,19 +205,23 @@ def article_allocation(tensors: Sequence[TensorSensitivity], num_layers: int) ->
 
 
 def ends_high_allocation(tensors: Sequence[TensorSensitivity], num_layers: int, bits: float) -> Allocation:
-    """First and last layers and tables as wide as the budget lets them, all between in one format."""
+    """Tables and the two first and last layers wider than all between: the largest such that fits `bits`."""
     ends = {0, 1, num_layers - 2, num_layers - 1}
-    total = sum(t.n * t.k for t in tensors)
-    best: Allocation = {}
-    for low in ("w2g64", "w3g64", "w4g64"):
-        for high in ("w3g64", "w4g64", "w8row-sym"):
-            allocation = {
-                t.name: high if ".layers." not in t.name or int(t.name.split(".")[2]) in ends else low
-                for t in tensors
-            }
-            if total_bytes(tensors, allocation) * 8 <= bits * total:
-                best = allocation
-    return best
+    most = sum(t.n * t.k for t in tensors) * bits / 8
+    allocations = [
+        {
+            t.name: high if ".layers." not in t.name or int(t.name.split(".")[2]) in ends else low
+            for t in tensors
+        }
+        for low, *highs in (
+            ("w2g64", "w3g64", "w4g64", "w5g128", "w6g128-sym", "w8row-sym"),
+            ("w3g64", "w4g64", "w5g128", "w6g128-sym", "w8row-sym"),
+            ("w4g64", "w5g128", "w6g128-sym", "w8row-sym"),
+        )
+        for high in highs
+    ]
+    fitting = [a for a in allocations if total_bytes(tensors, a) <= most]
+    return max(fitting, key=lambda a: total_bytes(tensors, a))
 
 
 def run(
@@ -279,7 +283,9 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
     if "ends" in methods:
         for bits in BUDGETS:
             allocation = ends_high_allocation(bench.tensors, layers, bits)
-            yield bench.carried_out(f"ends-high-{bits}", f"ends-{bits}", Choice(allocation))
+            row = bench.carried_out(f"ends-high-{bits}", f"ends-{bits}", Choice(allocation))
+            yield row
+            yield bench.peregrine(row["bits"])
     if "peregrine" in methods:
         for bits in BUDGETS:
             yield bench.peregrine(bits)
