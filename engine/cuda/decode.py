@@ -32,7 +32,7 @@ class DecodeProgram:
     ) -> None:
         self._weights, self._config, self._rows, self._device = weights, config, rows, device
         hidden = config.hidden_size
-        self._streams = tuple(torch.zeros(MAX_TOKENS, hidden, device=device) for _ in range(2))
+        self._embedded = torch.zeros(MAX_TOKENS, hidden, device=device)
         self.logits = torch.zeros(MAX_TOKENS, config.vocab_size, device=device)
         self._program, self._head = self._build(caches)
         self._lanes = rows.lanes
@@ -64,7 +64,7 @@ class DecodeProgram:
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocab] of residual rows, float32 [rows <= 16, hidden]; valid until the next call."""
-        self._streams[0][: len(hidden)] = hidden
+        self._embedded[: len(hidden)] = hidden
         self._head.launch(len(hidden))
         return self.logits[: len(hidden)]
 
@@ -72,9 +72,11 @@ class DecodeProgram:
         """The whole model, and final norm and head alone."""
         weights, eps, inputs = self._weights, self._config.rms_norm_eps, self._rows.lanes[0].inputs
         model, head = PhaseList(), PhaseList()
-        streams = (self._streams[0], self._streams[1])
-        add_layers(model, weights.layers, caches, streams, weights.final_norm, eps, weights.head, self.logits)
-        head.add_matmul(weights.head, self._streams[0], self.logits, norm=weights.final_norm, eps=eps)
+        embedded = self._embedded
+        add_layers(
+            model, weights.layers, caches, embedded, weights.final_norm, eps, weights.head, self.logits
+        )
+        head.add_matmul(weights.head, self._embedded, self.logits, norm=weights.final_norm, eps=eps)
         config = self._config
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         return StepProgram(model, inputs, heads), StepProgram(head, inputs)
@@ -91,7 +93,7 @@ class DecodeProgram:
         tables.embed(
             token_ids[:num_tokens],
             self._weights.embedding,
-            self._streams[0][:num_tokens],
+            self._embedded[:num_tokens],
             self._config.embedding_scale,
             rows.inputs.positions if goes_on else None,
         )

@@ -4,12 +4,13 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.cuda.build import check, library
-from kernels.cuda.packing import DEVICE_FORMATS, DeviceMatrix, DeviceWeight
+from kernels.cuda.packing import DEVICE_FORMATS, UNIT_COLUMNS, DeviceMatrix, DeviceWeight
 from kernels.types import AttentionWeights, FFNWeights
 
 MAX_TOKENS = 16
@@ -47,6 +48,10 @@ class _Matmul(ctypes.Structure):
         ("activation", ctypes.c_int32),
         ("k", ctypes.c_int32),
         ("eps", ctypes.c_float),
+        ("x_marks", ctypes.c_int32),
+        ("delta_marks", ctypes.c_int32),
+        ("stream_marks", ctypes.c_int32),
+        ("out_marks", ctypes.c_int32),
         ("segments", _Segment * 3),
         ("x", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
@@ -68,6 +73,10 @@ class _Attention(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("qkv_stride", ctypes.c_int32),
+        ("heads_per_kv", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("qkv_marks", ctypes.c_int32),
+        ("out_marks", ctypes.c_int32),
         ("qkv", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
@@ -134,6 +143,23 @@ class StepInputs:
         return cls(torch.zeros_like(rows), torch.full_like(rows, -1), rows.clone(), rows.clone(), table)
 
 
+@dataclass(slots=True, eq=False)
+class Link:
+    """A buffer between phases of a program: one writes it, later ones read it, and so again.
+
+    data: float32 [tokens, units of 256 columns], in the order and with the marks of src/async.cuh.
+    """
+
+    data: Tensor
+    writings: int = 0  # so far in a launch
+
+    @classmethod
+    def allocate(cls, tokens: int, width: int, device: torch.device) -> "Link":
+        """Zeros: marks of writing number 0."""
+        width = -(-width // UNIT_COLUMNS) * UNIT_COLUMNS
+        return cls(torch.zeros(tokens, width, device=device))
+
+
 @dataclass(slots=True)
 class PhaseList:
     """Phases under construction, and the tensors that they point at.
@@ -148,22 +174,25 @@ class PhaseList:
     max_tiles: int = 1  # of one block in one phase
     max_units: int = 1
     _next_block: int = 0
+    _marks: list[tuple[Any, str, Link, int]] = field(default_factory=list)
 
     def add_matmul(
         self,
         weight: DeviceWeight,
-        x: Tensor,
-        out: Tensor,
+        x: Tensor | Link,
+        out: Tensor | Link,
         *,
         bias: Tensor | None = None,
         norm: Tensor | None = None,
         eps: float = 0.0,
-        delta: Tensor | None = None,
+        delta: Link | None = None,
         delta_norm: Tensor | None = None,
-        stream: Tensor | None = None,
+        stream: Link | None = None,
         activation: str | None = None,
     ) -> None:
-        """out[:, :] = W x, or act(W0 x) * (W1 x) where `activation` is set. x: float32 [tokens, k].
+        """out[:, :] = W x, or act(W0 x) * (W1 x) where `activation` is set.
+
+        x, out: float32 [tokens, k] and [tokens, n], x from before the launch; or links within it.
 
         With `norm`, x is the residual stream: delta (through RMSNorm with `delta_norm`, if set) is added
         to it, the result goes to `stream`, and RMSNorm of it is multiplied.
@@ -179,42 +208,70 @@ class PhaseList:
             own = None if bias is None else bias[first : first + part.n].contiguous()
             m.segments[i] = self._segment(part, own)
             first += part.n
-        for name, tensor in (("x", x), ("norm", norm), ("delta", delta), ("delta_norm", delta_norm)):
+        for name, tensor in (
+            ("x", _data(x)),
+            ("norm", norm),
+            ("delta", _data(delta)),
+            ("delta_norm", delta_norm),
+            ("stream", _data(stream)),
+            ("out", _data(out)),
+        ):
             setattr(m, name, self._pointer(tensor))
-        m.stream, m.out, m.out_stride = self._pointer(stream), self._pointer(out), out.stride(0)
+        m.out_stride = out.data.stride(0)
         items = weight.parts[0].num_tiles if gated else sum(p.num_tiles for p in weight.parts)
         blocks = num_blocks()
         m.rotation = (blocks - self._next_block) % blocks
         self._next_block = (self._next_block + items) % blocks
         self.max_tiles = max(self.max_tiles, -(-items // blocks) * (2 if gated else 1))
         self.max_units = max(self.max_units, m.units)
-        self.direct.append(phase)
         before, after = _Phase.from_buffer_copy(phase), _Phase.from_buffer_copy(phase)
         before.matmul.kind, after.matmul.source = _PREPARE, _PREPARED
+        own = [p.matmul for p in (phase, before, after)]
+        self._note(own, "x_marks", x)
+        self._note(own, "delta_marks", delta)
+        self._note(own, "stream_marks", stream, is_written=True)
+        self._note(own, "out_marks", out, is_written=True)
+        self.direct.append(phase)
         self.prepared += [before, after]
 
     def add_attention(
-        self, weights: AttentionWeights, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor
+        self, weights: AttentionWeights, qkv: Link, k_cache: Tensor, v_cache: Tensor, out: Link
     ) -> None:
         """out = attention of qkv [tokens, (heads + 2 kv heads) * head_dim]; appends keys and values."""
         w, phase = weights, _Phase()
         a = phase.attention
         a.kind, a.num_heads, a.num_kv_heads, a.head_dim = _ATTENTION, w.num_heads, w.num_kv_heads, w.head_dim
-        a.window, a.scale, a.eps, a.qkv_stride = w.window or 0, w.scale, w.eps, qkv.stride(0)
+        a.window, a.scale, a.eps, a.qkv_stride = w.window or 0, w.scale, w.eps, qkv.data.stride(0)
+        a.heads_per_kv = w.num_heads // w.num_kv_heads
+        a.groups = -(-a.heads_per_kv // _ITEM_HEADS)
         for name, tensor in (
-            ("qkv", qkv),
+            ("qkv", qkv.data),
             ("cos", w.cos),
             ("sin", w.sin),
             ("q_norm", w.q_norm),
             ("k_norm", w.k_norm),
             ("k_cache", k_cache),
             ("v_cache", v_cache),
-            ("out", out),
+            ("out", out.data),
         ):
             setattr(a, name, self._pointer(tensor))
-        a.out_stride = out.stride(0)
+        a.out_stride = out.data.stride(0)
+        self._note([a], "qkv_marks", qkv)
+        self._note([a], "out_marks", out, is_written=True)
         self.direct.append(phase)
         self.prepared.append(phase)
+
+    def finish(self) -> None:
+        """Fill in the marks: how often a launch writes a buffer is known when all phases are there."""
+        for phase, name, link, writing in self._marks:
+            setattr(phase, name, writing & 1 | (link.writings & 1) << 1 | 4)
+
+    def _note(
+        self, phases: Sequence[Any], name: str, buffer: Tensor | Link | None, is_written: bool = False
+    ) -> None:
+        if isinstance(buffer, Link):
+            buffer.writings += is_written
+            self._marks += [(phase, name, buffer, buffer.writings) for phase in phases]
 
     def _segment(self, part: DeviceMatrix, bias: Tensor | None) -> _Segment:
         return _Segment(
@@ -242,6 +299,7 @@ class StepProgram:
     ) -> None:
         """heads: query heads, key-value heads, head_dim of the attention phases."""
         device = inputs.positions.device
+        phases.finish()
         self._keep = phases.tensors
         self._max_units = phases.max_units
         self.inputs = inputs
@@ -251,7 +309,7 @@ class StepProgram:
         columns = _MIN_COLUMNS  # of an item; where it has more, there are fewer items
         groups = num_kv_heads * -(-(num_heads // num_kv_heads) // _ITEM_HEADS) * (head_dim // columns)
         slots = MAX_TOKENS * groups * _MAX_SPLITS * _ITEM_HEADS
-        self._arrivals = torch.zeros(2, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(3, dtype=torch.int32, device=device)
         self._split_out = torch.empty(slots * columns, device=device)
         self._split_lse = torch.empty(slots * 2, device=device)
         self._split_count = torch.zeros(MAX_TOKENS * groups, dtype=torch.int32, device=device)
@@ -310,6 +368,10 @@ class StepProgram:
         check(library().peregrine_step(ctypes.byref(step), mma, num_blocks(), ctypes.c_void_p(stream)))
 
 
+def _data(buffer: Tensor | Link | None) -> Tensor | None:
+    return buffer.data if isinstance(buffer, Link) else buffer
+
+
 def _on_device(phases: Sequence[_Phase], device: torch.device) -> Tensor:
     """uint8 [phases, 256]."""
     raw = bytearray(b"".join(bytes(p) for p in phases))
@@ -334,27 +396,28 @@ def add_layers(
     phases: PhaseList,
     layers: Sequence[tuple[AttentionWeights, FFNWeights]],
     caches: Sequence[tuple[Tensor, Tensor]],
-    streams: tuple[Tensor, Tensor],
+    embedded: Tensor,
     final_norm: Tensor,
     eps: float,
     head: DeviceWeight,
     logits: Tensor,
 ) -> None:
-    """Phases of a whole decoder: from the embedded tokens in streams[0] to logits [tokens, vocab].
+    """Phases of a whole decoder: from the embedded tokens [tokens, hidden] to logits [tokens, vocab].
 
     The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values, bfloat16
-    [blocks, kv_heads, 16, head_dim] each. streams: two buffers [tokens, hidden] for the residual stream; the
-    second one takes turns with the first.
+    [blocks, kv_heads, 16, head_dim] each.
     """
-    device, tokens = streams[0].device, streams[0].shape[0]
+    device, (tokens, hidden) = embedded.device, embedded.shape
     first, _ = layers[0]
-    hidden, q_size = streams[0].shape[1], first.num_heads * first.head_dim
-    qkv = torch.zeros(tokens, q_size + 2 * first.num_kv_heads * first.head_dim, device=device)
-    attended = torch.zeros(tokens, q_size, device=device)
-    gated = torch.zeros(tokens, max(_device_weight(f.down).k for _, f in layers), device=device)
-    delta = torch.zeros(tokens, hidden, device=device)
-    now, other = streams
-    pending: Tensor | None = None  # delta of the block before, and its norm
+    q_size = first.num_heads * first.head_dim
+    qkv = Link.allocate(tokens, q_size + 2 * first.num_kv_heads * first.head_dim, device)
+    attended = Link.allocate(tokens, q_size, device)
+    gated = Link.allocate(tokens, max(_device_weight(f.down).k for _, f in layers), device)
+    delta = Link.allocate(tokens, hidden, device)
+    # The residual stream: what one block writes, the next one reads while it writes the other buffer.
+    other, last = (Link.allocate(tokens, hidden, device) for _ in range(2))
+    now: Tensor | Link = embedded
+    pending: Link | None = None  # delta of the block before, and its norm
     pending_norm: Tensor | None = None
     for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
         for block in (attention, ffn):
@@ -376,7 +439,7 @@ def add_layers(
                 enter(both, now, gated, bias=block.gate_up_bias, activation=block.activation)
                 phases.add_matmul(_device_weight(block.down), gated, delta, bias=block.down_bias)
             if stream is not None:
-                now, other = other, now
+                now, other, last = stream, last, stream
             pending, pending_norm = delta, block.post_norm
     phases.add_matmul(head, now, logits, norm=final_norm, eps=eps, delta=pending, delta_norm=pending_norm)
 

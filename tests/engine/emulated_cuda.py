@@ -57,7 +57,7 @@ class _Model:
     def __init__(self, program: Any, caches: Any) -> None:
         weights: DeviceWeights = program._weights
         self.inputs: StepInputs
-        self._x, self._logits = program._streams[0], program.logits
+        self._x, self._logits = program._embedded, program.logits
         self._eps, self._norm = program._config.rms_norm_eps, weights.final_norm
         self._head = _dense(weights.head)
         self._caches = [(k.transpose(2, 3), v) for k, v in caches]

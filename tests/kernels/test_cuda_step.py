@@ -13,7 +13,7 @@ from kernels.cuda.packing import (
     random_matrix,
     to_device,
 )
-from kernels.cuda.program import MAX_TOKENS, PhaseList, StepInputs, StepProgram, add_layers
+from kernels.cuda.program import MAX_TOKENS, Link, PhaseList, StepInputs, StepProgram, add_layers
 from tests.kernels.helpers import random_packed, relative_error, rope
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -102,18 +102,32 @@ def test_stacked_formats_and_bias() -> None:
     assert relative_error(_multiply(weight, x, bias=bias), x.double() @ dense.T + bias.double()) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 16])
+def _in_link(x: torch.Tensor) -> Link:
+    """As if a phase of the program had written x [tokens, 256 n] there: its only writing, mark 1."""
+    link = Link.allocate(len(x), x.shape[1], DEVICE)
+    pieces = x.view(len(x), -1, 32, 2, 4).transpose(2, 3).reshape(x.shape)
+    link.data.copy_((pieces.view(torch.int32) | 1).view(torch.float32))
+    link.writings = 1
+    return link
+
+
+def _out_of_link(link: Link) -> torch.Tensor:
+    assert (link.data.view(torch.int32) & 1 == 1).all()
+    return link.data.view(len(link.data), -1, 2, 32, 4).transpose(2, 3).reshape(link.data.shape)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
 @pytest.mark.parametrize("has_post_norm", [False, True])
 def test_norm_with_delta(tokens: int, has_post_norm: bool) -> None:
     k, weight = 5120, _weight(256, 5120, "w4g64")
     x, delta, norm = _random(tokens, k), _random(tokens, k, seed=1), _random(k, seed=2)
     post = _random(k, seed=3) if has_post_norm else None
-    stream = torch.full_like(x, float("nan"))
-    got = _multiply(weight, x, norm=norm, eps=1e-5, delta=delta, delta_norm=post, stream=stream)
+    stream = Link.allocate(tokens, k, DEVICE)
+    got = _multiply(weight, x, norm=norm, eps=1e-5, delta=_in_link(delta), delta_norm=post, stream=stream)
     added = delta.double() if post is None else reference.rms_norm(delta, post, 1e-5).double()
     h = x.double() + added
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * norm.double()
-    assert relative_error(stream, h) < 1e-5
+    assert relative_error(_out_of_link(stream), h) < 1e-5
     assert relative_error(got, normed @ dequantize(weight.parts[0]).double().T) < 1e-4
 
 
@@ -174,12 +188,12 @@ class Decoder:
         self.num_blocks, self.dim, self.kv_heads, self.heads = 400, dim, kv_heads, heads
         shape = (self.num_blocks, kv_heads, 16, dim)
         self.caches = [tuple(_random(*shape, seed=i).bfloat16() for i in (1, 2)) for _ in self.layers]
-        self.streams = tuple(torch.zeros(MAX_TOKENS, hidden, device=DEVICE) for _ in range(2))
+        self.embedded = torch.zeros(MAX_TOKENS, hidden, device=DEVICE)
         self.logits = torch.zeros(MAX_TOKENS, vocab, device=DEVICE)
 
     def program(self, inputs: StepInputs) -> StepProgram:
         phases = PhaseList()
-        add_layers(phases, self.layers, self.caches, self.streams, self.norm, 1e-5, self.head, self.logits)  # type: ignore[arg-type]
+        add_layers(phases, self.layers, self.caches, self.embedded, self.norm, 1e-5, self.head, self.logits)  # type: ignore[arg-type]
         return StepProgram(phases, inputs, (self.heads, self.kv_heads, self.dim))
 
     def expected(self, x: torch.Tensor, inputs: StepInputs, runs: list[tuple[int, int]]) -> torch.Tensor:
@@ -232,7 +246,7 @@ def test_decoder_step(shape: tuple[int, int, int, int | None, bool]) -> None:
     runs, positions = [(0, 1), (1, 3), (4, 4)], [0, 126, 127, 128, 1300, 1301, 1302, 1303]
     inputs = _inputs([*positions, -1], [2, 0, 0, 0, 1, 1, 1, 1, 3], [0, 1, 1, 1, 4, 4, 4, 4, 8], table)
     x = _random(9, 512, seed=5)
-    decoder.streams[0][:9] = x
+    decoder.embedded[:9] = x
     expected = decoder.expected(x[:8], inputs, runs)
     program = decoder.program(inputs)
     program.launch(9)
@@ -241,7 +255,7 @@ def test_decoder_step(shape: tuple[int, int, int, int | None, bool]) -> None:
     together = decoder.logits[:8].clone()
     for row in (0, 1, 4):  # first tokens of their sequences, each alone
         alone = _inputs([positions[row]], [inputs.sequences[row].item()], [0], table)
-        decoder.streams[0][:1] = x[row]
+        decoder.embedded[:1] = x[row]
         program = decoder.program(alone)
         decoder.logits.fill_(float("nan"))
         program.launch(1)
@@ -256,12 +270,12 @@ def test_verifying_drafts_equals_decoding() -> None:
     x = _random(4, 512, seed=6)
     first = 254
     inputs = _inputs([first + i for i in range(4)], [0] * 4, [0] * 4, table)
-    decoder.streams[0][:4] = x
+    decoder.embedded[:4] = x
     decoder.program(inputs).launch(4)
     torch.cuda.synchronize()
     together = decoder.logits[:4].clone()
     for i in range(4):
-        decoder.streams[0][:1] = x[i]
+        decoder.embedded[:1] = x[i]
         decoder.program(_inputs([first + i], [0], [0], table)).launch(1)
         torch.cuda.synchronize()
         assert torch.equal(decoder.logits[:1], together[i : i + 1])
@@ -274,7 +288,7 @@ def test_replays_of_a_graph() -> None:
     inputs = _inputs([700], [0], [0], table)
     x = _random(1, 512, seed=7)
     program = decoder.program(inputs)
-    decoder.streams[0][:1] = x  # the step leaves other values there
+    decoder.embedded[:1] = x
     program.launch(1)
     torch.cuda.synchronize()
     first = decoder.logits[:1].clone()
@@ -283,7 +297,7 @@ def test_replays_of_a_graph() -> None:
         program.launch(1)
     for _ in range(50):
         decoder.logits.fill_(float("nan"))
-        decoder.streams[0][:1] = x
+        decoder.embedded[:1] = x
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(decoder.logits[:1], first)

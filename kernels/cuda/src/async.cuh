@@ -69,14 +69,16 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 
-__device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+__device__ __forceinline__ void add_relaxed(uint32_t* p, uint32_t v) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // Loads from shared memory by address: a generic pointer costs more. Not moved across barriers (volatile).
@@ -99,11 +101,12 @@ __device__ __forceinline__ float shared4(uint32_t at) {
 }
 
 constexpr long long kDeadlineCycles = 8'000'000'000ll;  // some 4 s: a lost block ends the launch with an error
+constexpr uint32_t kMostTries = 1 << 23;  // of a read, a microsecond each
 
 // One thread waits until all blocks have arrived `target` times in all.
 __device__ __forceinline__ void grid_wait(const uint32_t* counter, uint32_t target) {
   const long long start = clock64();
-  while (static_cast<int32_t>(load_acquire(counter) - target) < 0)
+  while (static_cast<int32_t>(load_relaxed(counter) - target) < 0)
     if (clock64() - start > kDeadlineCycles) __trap();
 }
 
@@ -117,9 +120,62 @@ __device__ __forceinline__ Floats8 load8(const float* p) {
   return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
-__device__ __forceinline__ void store8(float* p, const Floats8& x) {
-  reinterpret_cast<float4*>(p)[0] = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-  reinterpret_cast<float4*>(p)[1] = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+// Values that travel between blocks within a launch carry a mark in their lowest bit, which turns at every writing of
+// the buffer (an idea of NCCL's LL protocol). Who finds the old mark reads again. So the writer needs no fence, which
+// would wait for all that its multiprocessor has under way, the stream of weights included. Reader and writer agree on
+// a mark; the reader clears it, so that results do not depend on it.
+constexpr uint32_t kUnmarked = 2;  // a plain value, from before the launch
+
+// Where a column of a marked buffer lies: of 256 columns the first four of every eight come first, so that the loads
+// of a warp, eight columns a lane, are contiguous.
+__device__ __forceinline__ int place_of(int column) {
+  return (column & ~255) + ((column >> 3) & 31) * 4 + ((column >> 2) & 1) * 128 + (column & 3);
+}
+
+// Eight columns from place_of(a multiple of 8) on.
+__device__ __forceinline__ Floats8 load_marked8(const float* p) {
+  Floats8 r;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r.v[4 * i]), "=f"(r.v[4 * i + 1]), "=f"(r.v[4 * i + 2]), "=f"(r.v[4 * i + 3])
+                 : "l"(p + 128 * i)
+                 : "memory");
+  return r;
+}
+
+// What load_marked8 began: reads again until all eight carry the mark.
+__device__ __forceinline__ Floats8 settle(Floats8 r, const float* p, uint32_t mark) {
+  if (mark == kUnmarked) return r;
+  for (uint32_t tries = 0;; ++tries) {
+    uint32_t wrong = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) wrong |= __float_as_uint(r.v[i]) ^ mark;
+    if ((wrong & 1) == 0) break;
+    if (tries > kMostTries) __trap();
+    r = load_marked8(p);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) r.v[i] = __uint_as_float(__float_as_uint(r.v[i]) & ~1u);
+  return r;
+}
+
+__device__ __forceinline__ Floats8 read_marked8(const float* p, uint32_t mark) { return settle(load_marked8(p), p, mark); }
+
+__device__ __forceinline__ float marked(float v, uint32_t mark) {
+  return __uint_as_float((__float_as_uint(v) & ~1u) | mark);
+}
+
+__device__ __forceinline__ void store_marked(float* p, float v, uint32_t mark) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(marked(v, mark)) : "memory");
+}
+
+__device__ __forceinline__ void store_marked8(float* p, const Floats8& x, uint32_t mark) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p + 128 * i), "f"(marked(x.v[4 * i], mark)),
+                 "f"(marked(x.v[4 * i + 1], mark)), "f"(marked(x.v[4 * i + 2], mark)), "f"(marked(x.v[4 * i + 3], mark))
+                 : "memory");
 }
 
 template <int kFrom = 16, int kTo = 1>

@@ -10,11 +10,12 @@
 
 #include <cuda_bf16.h>
 
+#include "activations.cuh"
 #include "async.cuh"
 #include "program.h"
 
 constexpr int kBlockTokens = 16;
-constexpr int kSplitTokens = 256;  // short contexts stay whole: combining costs more than it saves
+constexpr int kLogSplitTokens = 8;  // short contexts stay whole: combining costs more than it saves
 constexpr int kMaxSplits = 64;
 constexpr int kItemHeads = 8;
 constexpr int kConsumers = 32 * kWarps;
@@ -40,31 +41,33 @@ __host__ __device__ constexpr int blocks_per_stage(int head_dim) { return 512 / 
 
 // Columns of the values in an item: 64 spread a few tokens over more blocks, 128 save reading the keys twice.
 __device__ __forceinline__ int item_columns(const AttentionPhase& phase, const Step& step) {
-  const int groups = (phase.num_heads / phase.num_kv_heads + kItemHeads - 1) / kItemHeads;
-  const int items = step.num_tokens * phase.num_kv_heads * groups * (phase.head_dim / 64);
+  const int items = step.num_tokens * phase.num_kv_heads * phase.groups * (phase.head_dim / 64);
   return phase.head_dim == 64 || items <= static_cast<int>(gridDim.x) ? 64 : 128;
 }
 
 // fn(item): this block's items, one after the other.
 template <class Fn>
 __device__ __forceinline__ void for_each_item(const AttentionPhase& phase, const Step& step, const Rows& rows, Fn fn) {
-  const int heads_per_kv = phase.num_heads / phase.num_kv_heads;
-  const int groups = (heads_per_kv + kItemHeads - 1) / kItemHeads;
-  const int halves = phase.head_dim / item_columns(phase, step);
+  const int groups = phase.groups;
+  const int log_halves = __ffs(phase.head_dim) - __ffs(item_columns(phase, step));  // all of these are powers of two
   int index = blockIdx.x;
   for (int token = 0; token < step.num_tokens; ++token) {
     const int position = rows.positions[token];
     if (position < 0) continue;
     const int first = phase.window > 0 ? max(0, position + 1 - phase.window) : 0;
-    int size = kSplitTokens;
-    while (size * kMaxSplits < position + 1) size *= 2;
-    const int first_split = first / size, splits = position / size + 1 - first_split;
-    const int count = phase.num_kv_heads * groups * halves * splits;
+    int log_size = kLogSplitTokens;
+    while (kMaxSplits << log_size < position + 1) ++log_size;
+    const int first_split = first >> log_size, splits = (position >> log_size) + 1 - first_split;
+    const int heads = phase.num_kv_heads * groups << log_halves, count = heads * splits;
     for (; index < count; index += gridDim.x) {
-      const int split = index % splits, head = index / splits;
-      const int begin = (first_split + split) * size;
-      fn(Item{token, position, first, begin, min(begin + size, position + 1), split, splits, head / halves / groups,
-              head / halves % groups, head % halves, token * phase.num_kv_heads * groups * halves + head});
+      // Divisions take long; mostly there is nothing to divide.
+      int split = 0, head = index, group = 0;
+      if (splits > 1) split = index % splits, head = index / splits;
+      int kv_head = head >> log_halves;
+      if (groups > 1) group = kv_head % groups, kv_head /= groups;
+      const int begin = (first_split + split) << log_size;
+      fn(Item{token, position, first, begin, min(begin + (1 << log_size), position + 1), split, splits, kv_head, group,
+              head & ((1 << log_halves) - 1), token * heads + head});
     }
     index -= count;
   }
@@ -104,13 +107,14 @@ struct SplitAttention {
   __nv_bfloat16* queries;      // shared: [16][kQueryStride]
   float* parts;                // shared: [warps][kItemHeads][kPartStride]
   int* flag;                   // shared
+  uint32_t odd_launches;       // see mark_of
   int warp, lane, column;
 
   __device__ SplitAttention(const AttentionPhase& phase, const Step& step, const Rows& rows, uint8_t* room, int* flag,
-                            int warp, int lane)
+                            uint32_t odd_launches, int warp, int lane)
       : phase(phase), step(step), rows(rows), queries(reinterpret_cast<__nv_bfloat16*>(room)),
-        parts(reinterpret_cast<float*>(room + 16 * kQueryStride * 2)), flag(flag), warp(warp), lane(lane),
-        column(8 * (lane % kLanes)) {}
+        parts(reinterpret_cast<float*>(room + 16 * kQueryStride * 2)), flag(flag), odd_launches(odd_launches),
+        warp(warp), lane(lane), column(8 * (lane % kLanes)) {}
 
   struct Rotary {
     Floats8 cos, sin;
@@ -147,22 +151,31 @@ struct SplitAttention {
   template <class Ring>
   __device__ __noinline__ Ring run(Ring ring) {
     for_each_item(phase, step, rows, [&](const Item& item) { one_item(item, ring); });
+    // Rows of padding: the next phase waits for these as well.
+    for (int token = blockIdx.x; token < step.num_tokens; token += gridDim.x)
+      if (rows.positions[token] < 0)
+        for (int i = warp * 32 + lane; i < phase.num_heads * kDim; i += kConsumers)
+          store_marked(phase.out + token * phase.out_stride + place_of(i), 0.0f,
+                       mark_of(phase.out_marks, odd_launches, token));
     return ring;
   }
 
   template <class Ring>
   __device__ void one_item(const Item& item, Ring& ring) {
-    const int heads_per_kv = phase.num_heads / phase.num_kv_heads;
-    const int num_heads = min(kItemHeads, heads_per_kv - item.group * kItemHeads);
-    const int first_head = item.kv_head * heads_per_kv + item.group * kItemHeads;
+    const int num_heads = min(kItemHeads, phase.heads_per_kv - item.group * kItemHeads);
+    const int first_head = item.kv_head * phase.heads_per_kv + item.group * kItemHeads;
+    const uint32_t mark = mark_of(phase.qkv_marks, odd_launches, item.token);
     const int first_row = rows.first_rows[item.token], first_new = rows.positions[first_row];
-    const float* own = phase.qkv + static_cast<int64_t>(item.token) * phase.qkv_stride;
-    const float* own_key = own + (phase.num_heads + item.kv_head) * kDim + column;
+    const float* own = phase.qkv + item.token * phase.qkv_stride;
+    const float* own_head = own + place_of((first_head + min(warp, num_heads - 1)) * kDim + column);
+    const float* own_key = own + place_of((phase.num_heads + item.kv_head) * kDim + column);
+    const float* own_value = own + place_of((phase.num_heads + phase.num_kv_heads + item.kv_head) * kDim + column);
     const int64_t block = step.block_table[rows.sequences[item.token] * step.block_table_stride + item.position / kBlockTokens];
     // One round trip to L2: a head of the queries by each warp, and the token's own key and value.
     const Rotary rotary = load_rotary(item.position);
-    const Floats8 head = load8(own + (first_head + min(warp, num_heads - 1)) * kDim + column);
-    const Floats8 own_k = load8(own_key), own_v = load8(own_key + phase.num_kv_heads * kDim);
+    const Floats8 head_ahead = load_marked8(own_head), k_ahead = load_marked8(own_key), v_ahead = load_marked8(own_value);
+    const Floats8 head = settle(head_ahead, own_head, mark);
+    const Floats8 own_k = settle(k_ahead, own_key, mark), own_v = settle(v_ahead, own_value, mark);
     Floats8 q = rotate(head, phase.q_norm, rotary), low;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -197,7 +210,7 @@ struct SplitAttention {
     if (warp == 0 && item.split + 1 == item.splits && item.group == 0 && item.half == 0) append(item, block, new_key, new_value);
     write_part(o, largest, total);
     named_barrier(kConsumerBarrier, kConsumers);
-    merge(item, num_heads, phase.out + static_cast<int64_t>(item.token) * phase.out_stride + first_head * kDim + item.half * kColumns);
+    merge(item, num_heads, phase.out + item.token * phase.out_stride, first_head * kDim + item.half * kColumns);
     named_barrier(kConsumerBarrier, kConsumers);  // queries, parts and flag are free again
   }
 
@@ -218,10 +231,11 @@ struct SplitAttention {
       uint4 k = new_key, v = new_value;
       if (at < item.position) {  // another token of the same sequence
         const int source = first_row + at - first_new;
-        const float* key = phase.qkv + static_cast<int64_t>(source) * phase.qkv_stride +
-                           (phase.num_heads + item.kv_head) * kDim + column;
-        k = pack8(rotate(load8(key), phase.k_norm, load_rotary(at)));
-        v = pack8(load8(key + phase.num_kv_heads * kDim));
+        const float* of_token = phase.qkv + source * phase.qkv_stride;
+        const int key = (phase.num_heads + item.kv_head) * kDim + column;
+        const uint32_t mark = mark_of(phase.qkv_marks, odd_launches, source);
+        k = pack8(rotate(read_marked8(of_token + place_of(key), mark), phase.k_norm, load_rotary(at)));
+        v = pack8(read_marked8(of_token + place_of(key + phase.num_kv_heads * kDim), mark));
       } else if (at > item.position) {
         k = v = make_uint4(0, 0, 0, 0);
       }
@@ -313,7 +327,8 @@ struct SplitAttention {
   }
 
   // Warps in their order, then splits in theirs.
-  __device__ void merge(const Item& item, int num_heads, float* out) const {
+  __device__ void merge(const Item& item, int num_heads, float* out, int first_column) const {
+    const uint32_t mark = mark_of(phase.out_marks, odd_launches, item.token);
     const int64_t slot = static_cast<int64_t>(item.slot) * kMaxSplits + item.split;
     for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
       const int head = i / kColumns, column = i % kColumns;
@@ -329,7 +344,7 @@ struct SplitAttention {
         v += of_warp[column] * factor;
       }
       if (item.splits == 1) {
-        out[head * kDim + column] = v / l;
+        store_marked(out + place_of(first_column + head * kDim + column), v / l, mark);
       } else {
         step.split_out[(slot * kItemHeads + head) * kColumns + column] = v;
         if (column == 0) {
@@ -348,24 +363,25 @@ struct SplitAttention {
       *flag = is_last;
     }
     named_barrier(kConsumerBarrier, kConsumers);
-    if (*flag) combine(slot - item.split, item.splits, num_heads, out);
+    if (*flag) combine(item, slot - item.split, num_heads, out, first_column);
   }
 
-  __device__ void combine(int64_t first_slot, int splits, int num_heads, float* out) const {
+  __device__ void combine(const Item& item, int64_t first_slot, int num_heads, float* out, int first_column) const {
+    const uint32_t mark = mark_of(phase.out_marks, odd_launches, item.token);
     for (int i = warp * 32 + lane; i < num_heads * kColumns; i += kConsumers) {
       const int head = i / kColumns, column = i % kColumns;
       const float* lse = step.split_lse + (first_slot * kItemHeads + head) * 2;
       const float* from = step.split_out + (first_slot * kItemHeads + head) * kColumns + column;
       float m = -1e30f, l = 0, v = 0;
 #pragma unroll 4
-      for (int s = 0; s < splits; ++s) m = fmaxf(m, __ldcg(lse + s * kItemHeads * 2));
+      for (int s = 0; s < item.splits; ++s) m = fmaxf(m, __ldcg(lse + s * kItemHeads * 2));
 #pragma unroll 4
-      for (int s = 0; s < splits; ++s) {
+      for (int s = 0; s < item.splits; ++s) {
         const float factor = exp2f(__ldcg(lse + s * kItemHeads * 2) - m);
         l += __ldcg(lse + s * kItemHeads * 2 + 1) * factor;
         v += __ldcg(from + s * kItemHeads * kColumns) * factor;
       }
-      out[head * kDim + column] = v / l;
+      store_marked(out + place_of(first_column + head * kDim + column), v / l, mark);
     }
   }
 };

@@ -17,6 +17,11 @@ enum PhaseKind : int32_t { kStore = 0, kGated = 1, kAttention = 2, kPrepare = 3 
 enum Source : int32_t { kPlain = 0, kNorm = 1, kPrepared = 2 };
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 
+// Which mark (async.cuh) the values of a buffer carry that one phase writes and another one reads. A buffer's rows are
+// float32 in units of 256 columns (place_of); all of them that take part in a launch are written at every writing. Bits:
+// 0: number of the writing within a launch is odd; 1: so is that of all writings of a launch; 2: buffer is marked.
+using Marks = int32_t;
+
 // A matrix [n, 256 * units] in fragment order: tiles of 16 rows, each `units` * unit_bytes contiguous.
 struct Segment {
   const uint8_t* data;
@@ -35,10 +40,11 @@ struct MatmulPhase {
   int32_t activation;
   int32_t k;  // columns of x that are there; the rest of the last unit counts as zero
   float eps;
+  Marks x_marks, delta_marks, stream_marks, out_marks;
   Segment segments[3];
   const float* x;           // kPlain: [tokens, k]. kNorm: the residual stream before `delta`
   const float* norm;        // [k]
-  const float* delta;       // [tokens, k] to add to the stream first; may be null
+  const float* delta;       // to add to the stream first; may be null
   const float* delta_norm;  // [k], RMSNorm of delta before that; may be null
   float* stream;            // where the stream with delta goes (another buffer than x); may be null
   float* out;               // [tokens, out_stride]
@@ -51,11 +57,13 @@ struct AttentionPhase {
   int32_t window;  // keys further back are not seen; 0: all are
   float scale, eps;
   int32_t qkv_stride;
-  const float* qkv;  // [tokens, qkv_stride]: q, k, v heads
+  int32_t heads_per_kv, groups;  // groups of at most eight query heads that share a key-value head
+  Marks qkv_marks, out_marks;
+  const float* qkv;  // marked [tokens, qkv_stride]: q, k, v heads
   const float *cos, *sin;      // [positions, head_dim / 2]
   const float *q_norm, *k_norm;  // [head_dim], may be null
   void *k_cache, *v_cache;     // bfloat16 [blocks, kv_heads, 16, head_dim]
-  float* out;                  // [tokens, num_heads * head_dim]
+  float* out;                  // marked [tokens, out_stride]
   int64_t out_stride;
 };
 
@@ -69,7 +77,8 @@ static_assert(sizeof(Phase) == 256);
 struct Step {
   const Phase* phases;
   int32_t num_phases, num_tokens;
-  uint32_t* arrivals;  // [2]: grid barrier, blocks that are through; zero between launches
+  uint32_t* arrivals;  // [3]: grid barrier and blocks that are through, zero between launches; bit t: token t has
+                       // taken part in an odd number of launches
   const int32_t* positions;   // [tokens]; negative: the row is padding
   const int32_t* sequences;   // [tokens]: row of block_table
   const int32_t* first_rows;  // [tokens]: row of the same sequence's first token in this step

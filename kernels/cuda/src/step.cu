@@ -21,6 +21,10 @@ namespace {
 // pointer kept in a structure the compiler would lose that it is shared memory.
 extern __shared__ __align__(128) uint8_t shared[];
 
+// Enough to keep the memory busy. What is requested beyond that only queues up, and every other access to L2 queues
+// behind it (8B shape: 2.21 ms a token without a limit, 2.11 with 35 to 55 KB).
+constexpr uint32_t kMostFlyingBytes = 52 << 10;
+
 template <int kMma>
 constexpr int kSumsBuffers = kMma == 4 ? 2 : 4;  // slabs that consumers may be ahead of the epilogue
 template <int kMma>
@@ -31,7 +35,9 @@ struct Control {
   uint64_t sums_full[4], sums_empty[4];
   uint64_t phase_done;
   uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
+  uint32_t stage_bytes[kMaxStages];
   uint64_t x_full;
+  uint32_t odd_launches;  // see mark_of
   float squares[kMaxDirectUnits * kDirectTokens];
   float delta_scale[kMaxTokens];
   Rows rows;
@@ -111,17 +117,25 @@ __device__ __forceinline__ uint32_t place(uint32_t& at, uint32_t bytes, uint32_t
 struct RingWriter {
   Control& control;
   uint32_t ring_bytes, free_bytes;
-  uint32_t at = 0, head = 0, tail = 0;  // stages issued, stages known to be free again
+  uint32_t at = 0, head = 0, tail = 0;       // stages issued, stages known to be free again
+  uint32_t landed = 0, flying_bytes = 0;     // stages known to have come; bytes of the others
 
   // One thread: room for a stage; the copies into it must complete on `bar`.
   __device__ uint8_t* open(uint32_t bytes, uint64_t*& bar) {
     const uint32_t taken = bytes + (at + bytes > ring_bytes ? ring_bytes - at : 0);
+    while (landed < head && (flying_bytes + bytes > kMostFlyingBytes || head - landed == kMaxStages)) {
+      mbarrier_wait(&control.stage_full[landed % kMaxStages], (landed / kMaxStages) & 1);
+      flying_bytes -= control.stage_bytes[landed % kMaxStages];
+      ++landed;
+    }
     while (free_bytes < taken || head - tail == kMaxStages) {
       mbarrier_wait(&control.stage_empty[tail % kMaxStages], (tail / kMaxStages) & 1);
       free_bytes += control.stage_taken[tail % kMaxStages];
       ++tail;
     }
     control.stage_taken[head % kMaxStages] = taken;
+    control.stage_bytes[head % kMaxStages] = bytes;
+    flying_bytes += bytes;
     free_bytes -= taken;
     bar = &control.stage_full[head % kMaxStages];
     mbarrier_arrive_expect(bar, bytes);
@@ -214,7 +228,9 @@ using Constant = std::integral_constant<int, kValue>;
 __device__ RingReader attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control,
                              RingReader ring, int warp, int lane) {
   const auto run = [&](auto dim, auto columns) {
-    return SplitAttention<dim(), columns()>(phase, step, control.rows, x_room, &control.flag, warp, lane).run(ring);
+    return SplitAttention<dim(), columns()>(phase, step, control.rows, x_room, &control.flag, control.odd_launches, warp,
+                                            lane)
+        .run(ring);
   };
   const bool is_wide = item_columns(phase, step) == 128;
   if (phase.head_dim == 64) return run(Constant<64>{}, Constant<64>{});
@@ -233,21 +249,16 @@ __device__ void prefetch_phase(const Phase& next, int lane) {
 }
 
 // A share of the step's activations, quantized once for all blocks.
-__device__ void prepare(const MatmulPhase& phase, const Step& step, int warp, int lane) {
+__device__ void prepare(const MatmulPhase& phase, const Step& step, uint32_t odd_launches, int warp, int lane) {
   const int tokens = step.num_tokens;
   const Activations x(step.prepared, phase.units, tokens);
-  for (int pair = blockIdx.x * kWarps + warp; pair < phase.units * tokens; pair += gridDim.x * kWarps) {
-    Batch<1> batch;
-    batch.unit[0] = pair / tokens, batch.token[0] = pair % tokens, batch.is_there[0] = true;
-    const int column = batch.unit[0] * kUnitColumns + 8 * lane;
-    batch.value[0] = Floats8{};
-    if (column < phase.k) batch.value[0] = load8(phase.x + static_cast<int64_t>(batch.token[0]) * phase.k + column);
-    if (phase.source == kNorm) {
-      const float scale = phase.delta_norm != nullptr ? measure_delta(phase, batch.token[0], lane) : 1.0f;
-      const auto delta_scale = [scale](int) { return scale; };
-      enter_norm<1>(phase, tokens, delta_scale, step.prepared_squares, lane, batch, [](int, int) { return true; });
-    }
-    quantize_batch<1>(batch, tokens, lane, x);
+  const Pairs pairs(blockIdx.x * kWarps + warp, gridDim.x * kWarps, phase.units, tokens);
+  if (phase.source == kNorm) {
+    const auto delta_scale = [&](int token) { return measure_delta(phase, token, odd_launches, lane); };
+    const auto keeps = [](int, int) { return true; };
+    quantize_pairs<true>(phase, pairs, x, odd_launches, delta_scale, step.prepared_squares, lane, keeps);
+  } else {
+    quantize_pairs<false>(phase, pairs, x, odd_launches, 0, step.prepared_squares, lane, 0);
   }
 }
 
@@ -328,7 +339,11 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
     if (warp == 0 && index > 0) {
       reader.wait();
       prefetch_phase(reader.copies[index & 1], lane);
-      if (lane == 0) grid_wait(step.arrivals, index * gridDim.x);
+      if (lane == 0) {
+        grid_wait(step.arrivals, index * gridDim.x);
+        if (reader.copies[index & 1].matmul.kind == kStore || reader.copies[index & 1].matmul.kind == kGated)
+          if (reader.copies[index & 1].matmul.source == kPrepared) fence_gpu();  // prepared codes carry no marks
+      }
       __syncwarp();
     }
     barrier();
@@ -337,13 +352,13 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
     if (current.matmul.kind == kAttention) {
       ring = attend(current.attention, step, x_room, control, ring, warp, lane);
     } else if (current.matmul.kind == kPrepare) {
-      prepare(current.matmul, step, warp, lane);
+      prepare(current.matmul, step, control.odd_launches, warp, lane);
     } else {
       const MatmulPhase& phase = current.matmul;
       const Plan plan(phase, step);
       if (phase.source == kNorm && phase.delta_norm != nullptr) {
         for (int token = warp; token < tokens; token += kWarps) {
-          const float scale = measure_delta(phase, token, lane);
+          const float scale = measure_delta(phase, token, control.odd_launches, lane);
           if (lane == 0) control.delta_scale[token] = scale;
         }
         barrier();
@@ -360,10 +375,12 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
             return (unit * kDirectTokens + token) % gridDim.x == blockIdx.x;
           };
           const auto delta_scale = [&](int token) { return control.delta_scale[token]; };
+          const Pairs pairs(warp, kWarps, phase.units, tokens);
+          const uint32_t odd_launches = control.odd_launches;
           if (phase.source == kNorm)
-            quantize_units<2, true>(phase, tokens, warp, kWarps, x, delta_scale, control.squares, lane, keeps);
+            quantize_pairs<true>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
           else
-            quantize_units<4, false>(phase, tokens, warp, kWarps, x, delta_scale, control.squares, lane, keeps);
+            quantize_pairs<false>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
         }
         barrier();
         plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
@@ -402,6 +419,7 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
   PhaseReader reader{step, control.phases[2], lane};
   reader.fetch(0);
   uint32_t dumps = 0;
+  const uint32_t odd_launches = control.odd_launches;
   float* between = step.sums + blockIdx.x * step.sums_stride;
   for (int index = 0; index < step.num_phases; ++index) {
     reader.wait();
@@ -447,9 +465,10 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
             is_first = false;
             float own = 1.0f;
             if (phase.norm != nullptr) {
-              const float* squares = phase.source == kPrepared ? step.prepared_squares : control.squares;
               for (int token = 0; token < tokens; ++token) {
-                const float scale = norm_scale(phase, squares, token, tokens, lane);
+                const float scale = phase.source == kPrepared
+                                        ? norm_scale<false>(phase, step.prepared_squares, token, tokens, lane)
+                                        : norm_scale<true>(phase, control.squares, token, tokens, lane);
                 if (lane == token) own = scale;
               }
             }
@@ -463,21 +482,25 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
             const bool is_there = tile * kTileRows + row < segment.n && token < tokens;
             const float bias = segment.bias != nullptr && is_there ? segment.bias[tile * kTileRows + row] : 0.0f;
             const float result = value[i] * factor[row] * token_scale[i] + bias;
-            float* out = phase.out + token * phase.out_stride + first_row + row;
-            if (phase.kind == kStore) {
-              if (is_there) *out = result;
-            } else if (part == 0) {
+            if (phase.kind == kGated && part == 0) {
               gate[i] = activate(result, phase.activation);
             } else if (is_there) {
-              *out = gate[i] * result;
+              float* to = phase.out + token * phase.out_stride;
+              const float v = phase.kind == kGated ? gate[i] * result : result;
+              if (phase.out_marks == 0) to[first_row + row] = v;
+              else store_marked(to + place_of(first_row + row), v, mark_of(phase.out_marks, odd_launches, token));
             }
           }
         });
       }
     }
     mbarrier_wait(&control.phase_done, index & 1);
-    __syncwarp();  // all lanes' rows are written; the release below covers them
-    if (lane == 0 && index + 1 < step.num_phases) add_release(step.arrivals, 1);
+    __syncwarp();
+    if (lane == 0 && index + 1 < step.num_phases) {
+      // Marked values need no fence: who reads them sees whether they have come.
+      if (phase.kind == kPrepare) fence_gpu();
+      add_relaxed(step.arrivals, 1);
+    }
     __syncwarp();
   }
 }
@@ -503,6 +526,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
     }
     mbarrier_init(&control.phase_done, kWarps);
     mbarrier_init(&control.x_full, 1);
+    control.odd_launches = step.arrivals[2];
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (threadIdx.x < sizeof(control.zeros) / 16) reinterpret_cast<uint4*>(control.zeros)[threadIdx.x] = uint4{};
@@ -522,6 +546,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   __syncthreads();
   if (threadIdx.x == 0 && atomicAdd(step.arrivals + 1, 1u) == gridDim.x - 1) {
     step.arrivals[0] = step.arrivals[1] = 0;  // all are through: ready for the next launch
+    step.arrivals[2] = control.odd_launches ^ ((1u << step.num_tokens) - 1);
   }
 }
 

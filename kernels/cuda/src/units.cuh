@@ -45,7 +45,8 @@ __device__ __forceinline__ uint32_t move_bits(uint32_t v, int from, int to) {
 }
 
 // Operand A of the four mma of columns 128 * pair .. + 127. load16(n), load8(n): as many bytes from n on in the unit.
-template <int kBits, class Load16, class Load8>
+// kRaw (4 bits): the first row's codes carry the second row's in their high bits.
+template <int kBits, bool kRaw = false, class Load16, class Load8>
 __device__ __forceinline__ void load_codes(Load16 load16, Load8 load8, int pair, int lane, uint32_t (&a)[4][4]) {
   static_assert(kBits == 2 || kBits == 3 || kBits == 4 || kBits == 5 || kBits == 6 || kBits == 8);
   if constexpr (kBits == 8) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ void load_codes(Load16 load16, Load8 load8, int pair,
       const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        a[2 * i + j / 2][2 * (j % 2)] = w[j] & 0x0f0f0f0fu;
+        a[2 * i + j / 2][2 * (j % 2)] = kRaw && kBits == 4 ? w[j] : w[j] & 0x0f0f0f0fu;
         a[2 * i + j / 2][2 * (j % 2) + 1] = kBits == 4 ? w[j] & 0xf0f0f0f0u : (w[j] >> 4) & 0x0f0f0f0fu;
       }
     }
@@ -162,7 +163,10 @@ template <class F>
 __device__ __forceinline__ void close_group(const int (&c)[4], const GroupParameters& p, float sum, float (&u)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float high = __int_as_float(c[2 * r]) - kMagic, low = __int_as_float(c[2 * r + 1]) - kMagic;
+    // Of 4 bits, the first row's sums contain the second row's (kRaw): at most 255 * 128 * 128, still below 2^22.
+    const bool is_raw = F::kBits == 4 && r == 0;
+    const float high = __int_as_float(c[2 * r]) - (is_raw ? __int_as_float(c[2]) : kMagic);
+    const float low = __int_as_float(c[2 * r + 1]) - (is_raw ? __int_as_float(c[3]) : kMagic);
     constexpr float kSecond = 1.0f / kSecondRowFactor<F::kBits>;
     if constexpr (F::kSigned) {
       u[r] = fmaf(high, 256.0f, u[r] + low);
@@ -213,7 +217,7 @@ __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     uint32_t a[4][4];
-    load_codes<F::kBits>([&](int n) { return shared16(unit + n); }, [&](int n) { return shared8(unit + n); }, pair, lane, a);
+    load_codes<F::kBits, true>([&](int n) { return shared16(unit + n); }, [&](int n) { return shared8(unit + n); }, pair, lane, a);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int tile = 2 * pair + half;
