@@ -1,24 +1,30 @@
-"""Prompt chunks in plain torch: dequantized matrices, cuBLAS products, library attention, paged KV cache."""
+"""Prompt chunks: matrices dequantized one by one, library products, Triton between them, paged KV cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
+import kernels.prefill
 from engine.cuda.decode import Caches
 from engine.cuda.transfer import upload
 from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
+from kernels import AttentionWeights, FFNWeights
 from kernels.cuda import tables
 from kernels.cuda.packing import DeviceWeight
-from kernels.cuda.program import BLOCK_TOKENS
-from kernels.reference import activate, add_projection, apply_rope, rms_norm
+from kernels.prefill import FP8, Activations, Product, Tokens
 
-_QUERY_ROWS = 512  # that share an explicit mask: bounds what mask and scores take
+Precision = Literal["fp8", "bf16"]
+PRECISION: Precision = "fp8"
+"""Of the products on a GPU: with "fp8", matrices of at most 4 bits a weight and their inputs are e4m3."""
+
+_FP8_BITS = 4  # wider codes lose more to e4m3's three bits of mantissa than they lost to rounding
+_GRAPH_TOKENS = 1024  # at most; beyond, the launches hide behind the products
+_GRAPH_TILES = 8  # beside those that are full
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,43 @@ class Chunk:
         return self.start + len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Matrix:
+    """units: `tables.fp8_units`, or None for a bfloat16 product."""
+
+    weight: DeviceWeight
+    units: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    attention: AttentionWeights
+    ffn: FFNWeights
+    caches: tuple[Tensor, Tensor]
+    qkv: _Matrix
+    o: _Matrix
+    gate_up: _Matrix
+    down: _Matrix
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """Inputs of so many tokens on the device, and the graph that reads them.
+
+    ints: int32, token ids, then positions and rows (see `Tokens`), then tiles. x: float32 [T, hidden].
+    """
+
+    ints: Tensor
+    x: Tensor
+    tokens: Tokens
+    graph: torch.cuda.CUDAGraph | None = None
+
+
 class Prefill:
-    """bfloat16 products with float32 sums; residual stream, norms and rotation in float32.
+    """Sums, residual stream, norms and rotation in float32; outputs of products in bfloat16.
 
     Every matrix is dequantized into one scratch buffer, as large as the largest matrix, right before its use.
+    The number of tokens is rounded up, so that few shapes occur; small ones are captured as CUDA graphs.
     """
 
     def __init__(
@@ -47,118 +86,170 @@ class Prefill:
         caches: Caches,
         block_table: Tensor,
         device: torch.device,
+        precision: Precision | None = None,
     ) -> None:
-        self._weights, self._config, self._caches = weights, config, caches
-        self._block_table, self._device = block_table, device
-        self._scratch = torch.empty(scratch_elements(weights), dtype=torch.bfloat16, device=device)
+        """precision: PRECISION if it is not given; a CPU has bfloat16 alone."""
+        self._config, self._block_table, self._device = config, block_table, device
+        self._embedding = weights.embedding
+        use_fp8 = (precision or PRECISION) == "fp8" and device.type == "cuda"
+        self._ops = _ops(device)
+        self._layers = [
+            _Layer(a, f, c, *(_matrix(w, use_fp8) for w in (a.qkv, a.o, f.gate_up, f.down)))
+            for (a, f), c in zip(weights.layers, caches, strict=True)
+        ]
+        matrices = [m for layer in self._layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        size = max(_scratch_bytes(m.weight, m.units is not None) for m in matrices)
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
+        self._row_scale = torch.empty(max(m.weight.n for m in matrices), device=device)
+        self._graphs: dict[int, _Step] = {}
+        self._graph_x = torch.empty(_GRAPH_TOKENS, config.hidden_size, device=device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._one = torch.ones((), device=device)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Residual stream after the last layer, float32 [tokens, hidden], chunk by chunk; fills the cache."""
-        config = self._config
-        ids = np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks])
-        positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])
-        slots = np.repeat([c.slot for c in chunks], [len(c.token_ids) for c in chunks])
-        position, slot = upload(np.stack([positions, slots]), self._device)
-        x = torch.empty(len(ids), config.hidden_size, device=self._device)
-        tables.embed(upload(ids, self._device), self._weights.embedding, x, config.embedding_scale)
-        block = self._block_table[slot, position // BLOCK_TOKENS].long()
-        where = (block, position % BLOCK_TOKENS)
-        for (attention, ffn), caches in zip(self._weights.layers, self._caches, strict=True):
-            self._attention(x, attention, caches, chunks, position, where)
-            self._ffn(x, ffn)
-        return x
+        """Residual stream after the last layer, float32 [tokens, hidden], chunk by chunk; fills the cache.
 
-    def _attention(
-        self,
-        x: Tensor,
-        w: kernels.AttentionWeights,
-        caches: tuple[Tensor, Tensor],
-        chunks: Sequence[Chunk],
-        position: Tensor,
-        where: tuple[Tensor, Tensor],
-    ) -> None:
-        """x [T, hidden] += attention of x. where: block and offset in it of every token's key and value."""
-        qkv = self._linear(rms_norm(x, w.norm, w.eps), w.qkv, w.qkv_bias)
-        heads = qkv.view(len(x), w.num_heads + 2 * w.num_kv_heads, w.head_dim)
-        query, keys, values = heads.split([w.num_heads, w.num_kv_heads, w.num_kv_heads], dim=1)
-        if w.q_norm is not None:
-            query = rms_norm(query, w.q_norm, w.eps)
-        if w.k_norm is not None:
-            keys = rms_norm(keys, w.k_norm, w.eps)
-        cos, sin = w.cos[position], w.sin[position]
-        query, keys = apply_rope(query, cos, sin).bfloat16(), apply_rope(keys, cos, sin)
-        k_cache, v_cache = caches
-        block, offset = where
-        k_cache[block, :, offset] = keys.bfloat16()
-        v_cache[block, :, offset] = values.bfloat16()
-        attended, first = [], 0
-        for chunk in chunks:
-            last = first + len(chunk.token_ids)
-            attended.append(self._attend(query[first:last], w, caches, chunk))
-            first = last
-        add_projection(x, self._linear(torch.cat(attended).flatten(1), w.o, w.o_bias), w.post_norm, w.eps)
-
-    def _attend(
-        self, query: Tensor, w: kernels.AttentionWeights, caches: tuple[Tensor, Tensor], chunk: Chunk
-    ) -> Tensor:
-        """bfloat16 [tokens, heads, head_dim], like query: over the chunk's sequence up to its end."""
-        first_seen = 0 if w.window is None else max(chunk.start - w.window + 1, 0)
-        first_block = first_seen // BLOCK_TOKENS
-        blocks = self._block_table[chunk.slot, first_block : -(-chunk.end // BLOCK_TOKENS)].long()
-        first_key = first_block * BLOCK_TOKENS
-        keys, values = (
-            c[blocks].transpose(0, 1).flatten(1, 2)[:, : chunk.end - first_key].unsqueeze(0) for c in caches
-        )
-        queries = query.transpose(0, 1).unsqueeze(0)  # [1, heads, tokens, head_dim]
-        if chunk.start == 0 and (w.window is None or chunk.end <= w.window):
-            out = scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, scale=w.scale, enable_gqa=True
-            )
+        Valid until the next call.
+        """
+        num_tokens = sum(len(c.token_ids) for c in chunks)
+        padded = _padded(num_tokens)
+        step = self._graphs.get(padded)
+        if step is None or _num_tiles(chunks, step.tokens.tile) > len(step.tokens.tiles):
+            tile = self._tile(padded)
+            step = self._make(padded, _num_tiles(chunks, tile), tile, None)
+        ints = _lay_out(chunks, padded, len(step.tokens.tiles), step.tokens.tile)
+        step.ints.copy_(upload(ints, self._device))
+        if step.graph is None:
+            self._compute(step)
         else:
-            # With a mask, kernels that do not write all scores down want as many key heads as query heads.
-            group = w.num_heads // w.num_kv_heads
-            keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
-            parts = []
-            for begin in range(0, len(query), _QUERY_ROWS):
-                part = queries[:, :, begin : begin + _QUERY_ROWS]
-                mask = self._mask(chunk.start + begin, part.shape[2], first_key, chunk.end, w.window)
-                parts.append(scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=w.scale))
-            out = torch.cat(parts, dim=2)
-        return out[0].transpose(0, 1)
+            step.graph.replay()
+        return step.x[:num_tokens]
 
-    def _mask(self, start: int, num_queries: int, first_key: int, end: int, window: int | None) -> Tensor:
-        """bool [queries, keys]: the queries from position `start` on see the keys of these positions."""
-        queries = torch.arange(start, start + num_queries, device=self._device).unsqueeze(1)
-        distance = queries - torch.arange(first_key, end, device=self._device)
-        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    def warm_up(self) -> None:
+        """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed."""
+        if self._device.type != "cuda":
+            return
+        for padded in sorted({_padded(n) for n in range(1, _GRAPH_TOKENS + 1)}, reverse=True):
+            tile, graph = self._tile(padded), torch.cuda.CUDAGraph()
+            step = self._make(padded, padded // tile + _GRAPH_TILES, tile, graph)
+            step.ints.copy_(upload(_lay_out((), padded, len(step.tokens.tiles), tile), self._device))
+            self._compute(step)  # compiles and loads what it needs
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                self._compute(step)
+            self._graphs[padded] = step
 
-    def _ffn(self, x: Tensor, w: kernels.FFNWeights) -> None:
-        gate, up = self._linear(rms_norm(x, w.norm, w.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
-        gated = activate(gate, w.activation).mul_(up)
-        add_projection(x, self._linear(gated, w.down, w.down_bias), w.post_norm, w.eps)
+    def _tile(self, padded: int) -> int:
+        """Queries of a program of the attention: fewer where there would be few programs."""
+        return 64 if padded <= 512 or self._config.head_dim > 128 else 128
 
-    def _linear(self, x: Tensor, weight: object, bias: Tensor | None) -> Tensor:
-        """float32 [T, n] of x [T, k] times the matrix, transposed; products of bfloat16."""
-        matrix, first = matrix_of(weight), 0
-        out = torch.empty(len(x), matrix.n, device=x.device)
-        x = x.bfloat16()
-        for part in matrix.parts:
-            dense = tables.dequantize(DeviceWeight((part,)), out=self._scratch)
-            out[:, first : first + part.n] = x @ dense.T
-            first += part.n
-        return out if bias is None else out.add_(bias)
+    def _make(self, padded: int, num_tiles: int, tile: int, graph: torch.cuda.CUDAGraph | None) -> _Step:
+        ints = torch.empty(3 * padded + 4 * num_tiles, dtype=torch.int32, device=self._device)
+        if graph is None:
+            x = torch.empty(padded, self._config.hidden_size, device=self._device)
+        else:
+            x = self._graph_x[:padded]
+        _, positions, rows = ints[: 3 * padded].view(3, padded)
+        tiles = ints[3 * padded :].view(num_tiles, 4)
+        return _Step(ints, x, Tokens(positions, rows, self._block_table, tiles, tile), graph)
+
+    def _compute(self, step: _Step) -> None:
+        """The residual stream of the step's tokens."""
+        x, ops = step.x, self._ops
+        tables.embed(step.ints[: len(x)], self._embedding, x, self._config.embedding_scale)
+        last: tuple[Product, Tensor | None, Tensor | None] | tuple[()] = ()
+        for layer in self._layers:
+            a, f = layer.attention, layer.ffn
+            normed = ops.normalize(x, a.norm, a.eps, layer.qkv.units is not None, *last)
+            query = ops.rope_and_append(self._multiply(normed, layer.qkv), a, layer.caches, step.tokens)
+            attended = ops.attend(query, a, layer.caches, step.tokens)
+            given = Activations(attended) if layer.o.units is None else ops.quantize(attended)
+            out = self._multiply(given, layer.o)
+            normed = ops.normalize(
+                x, f.norm, f.eps, layer.gate_up.units is not None, out, a.o_bias, a.post_norm
+            )
+            both = self._multiply(normed, layer.gate_up)
+            gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.units is not None)
+            last = self._multiply(gated, layer.down), f.down_bias, f.post_norm
+        assert last
+        ops.add(x, *last, self._layers[-1].ffn.eps)
+
+    def _multiply(self, x: Activations, matrix: _Matrix) -> Product:
+        """x times the matrix, transposed. The product's row scales are valid until the next one."""
+        if matrix.units is None:
+            dense = tables.dequantize(matrix.weight, out=self._scratch.view(torch.bfloat16))
+            return Product(x.values @ dense.T)
+        values, row_scale = tables.dequantize_fp8(
+            matrix.weight, matrix.units, self._scratch.view(FP8), self._row_scale
+        )
+        out = torch._scaled_mm(
+            x.values,
+            values.T,
+            scale_a=self._one,
+            scale_b=self._one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return Product(out, x.scale, row_scale)
 
 
-def scratch_elements(weights: DeviceWeights) -> int:
-    """Elements of the largest matrix of any layer."""
-    layers = [matrix_of(w) for a, f in weights.layers for w in (a.qkv, a.o, f.gate_up, f.down)]
-    return max(p.n * p.k for matrix in layers for p in matrix.parts)
+def _is_narrow(matrix: DeviceWeight) -> bool:
+    fits = matrix.n % 16 == 0 and matrix.k % 16 == 0  # what cuBLAS asks of e4m3
+    return fits and all(p.format.bits <= _FP8_BITS for p in matrix.parts)
+
+
+def _matrix(weight: object, use_fp8: bool) -> _Matrix:
+    matrix = matrix_of(weight)
+    return _Matrix(matrix, tables.fp8_units(matrix) if use_fp8 and _is_narrow(matrix) else None)
+
+
+def _scratch_bytes(matrix: DeviceWeight, is_fp8: bool) -> int:
+    return matrix.n * matrix.k * (1 if is_fp8 else 2)
+
+
+def _padded(num_tokens: int) -> int:
+    """The number of tokens that a step of so many is computed as."""
+    multiple = 32 if num_tokens <= 256 else 64 if num_tokens <= 512 else 128
+    return -(-num_tokens // multiple) * multiple
+
+
+def _lay_out(chunks: Sequence[Chunk], padded: int, num_tiles: int, tile: int) -> np.ndarray:
+    """The `ints` of a step: all that the device must know of its chunks."""
+    ints = np.zeros(3 * padded + 4 * num_tiles, dtype=np.int32)
+    token_ids, positions, rows = ints[: 3 * padded].reshape(3, padded)
+    rows.fill(-1)
+    tiles, first = [], 0
+    for c in chunks:
+        last = first + len(c.token_ids)
+        token_ids[first:last] = c.token_ids
+        positions[first:last] = np.arange(c.start, c.end)
+        rows[first:last] = c.slot
+        for i in range(0, len(c.token_ids), tile):
+            tiles.append((first + i, min(tile, last - first - i), c.slot, c.start + i))
+        first = last
+    tiles.sort(key=lambda t: -t[3])  # those with the most keys start first
+    ints[3 * padded :].reshape(num_tiles, 4)[: len(tiles)] = np.array(tiles).reshape(-1, 4)
+    return ints
+
+
+def _num_tiles(chunks: Sequence[Chunk], tile: int) -> int:
+    return sum(-(-len(c.token_ids) // tile) for c in chunks)
 
 
 def workspace_bytes(config: ModelConfig, weights: DeviceWeights, num_tokens: int, max_model_len: int) -> int:
     """What a chunk of so many tokens takes beside weights and cache, scratch buffer included; rounded up."""
-    widest = max(config.q_size + 2 * config.kv_size, 2 * config.intermediate_size)
-    activations = num_tokens * (4 * config.hidden_size * 4 + 2 * widest * 4)
-    # Gathered keys and values of one sequence, once for every query head, and a mask in two dtypes.
-    context = max_model_len * 2 * 2 * (2 * config.kv_size + config.q_size)
-    return 2 * scratch_elements(weights) + activations + context + _QUERY_ROWS * max_model_len * 4
+    layers = [matrix_of(w) for a, f in weights.layers for w in (a.qkv, a.o, f.gate_up, f.down)]
+    scratch = max(_scratch_bytes(m, PRECISION == "fp8" and _is_narrow(m)) for m in layers)
+    # float32 residual stream; bfloat16 (or narrower) inputs and outputs of the two widest products.
+    widest = 3 * config.intermediate_size + 2 * (config.q_size + config.kv_size) + 2 * config.hidden_size
+    padded = _padded(num_tokens) + _padded(_GRAPH_TOKENS)  # the graphs have memory of their own
+    return scratch + 4 * max(m.n for m in layers) + padded * (4 * config.hidden_size + 2 * widest)
+
+
+def _ops(device: torch.device) -> Any:
+    """The functions of `kernels.prefill`, in Triton on a GPU."""
+    if device.type != "cuda":
+        return kernels.prefill
+    from kernels.triton_ops import prefill  # imports triton
+
+    return prefill

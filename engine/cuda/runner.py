@@ -33,7 +33,7 @@ class CudaModelRunner:
     """Owns the GPU's memory: weights in fragment order, paged KV cache, the rows of a step.
 
     Decodes (and short chunks) run as CUDA graphs of the fused kernel, 16 tokens at a time; other chunks run
-    in torch. All work is queued on one stream, in the order of the launches.
+    through `Prefill`. All work is queued on one stream, in the order of the launches.
     """
 
     runs_ahead = True
@@ -125,6 +125,7 @@ class CudaModelRunner:
         self.execute(SchedulerOutput((ScheduledRequest(request, num_tokens - 1, 1),)))
         self.forget(request.request_id)
         with torch.cuda.stream(self._stream):
+            self.prefill.warm_up()
             self.rows.load(Layout((), ()))  # rows of padding, which write nothing
             self.rows.note(Layout((), ()))
             for n in range(MAX_TOKENS, 0, -1):

@@ -14,7 +14,7 @@ import torch
 from engine import SamplingParams, speculation
 from engine.checkpoint import open_checkpoint
 from engine.core import EngineCore
-from engine.cuda import CudaModelRunner
+from engine.cuda import CudaModelRunner, prefill
 from engine.messages import AbortRequests, AddRequest
 from engine.models.build import build_model
 from engine.models.llama import KVCache, LlamaModel
@@ -41,6 +41,12 @@ def reference(model_dir) -> LlamaModel:
     return build_model(
         open_checkpoint(model_dir), max_model_len=1024, dtype=torch.float32, device=cpu, keep_packed=False
     )
+
+
+@pytest.fixture(autouse=True)
+def bf16_prompts(monkeypatch):
+    """e4m3 products shift logits by more than a tie; what they cost is measured elsewhere."""
+    monkeypatch.setattr(prefill, "PRECISION", "bf16")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,16 @@
 // Ops over whole matrices in fragment order: rows of an embedding table, and dequantized matrices.
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include "units.cuh"
+
+// Up to three matrices of one format and K, one below the other in the dense matrix.
+struct Pieces {
+  Segment segments[3];
+  int32_t first_rows[3];  // of the dense matrix
+  int32_t count;
+};
 
 namespace {
 
@@ -53,49 +61,94 @@ __global__ void embed(Segment table, int units, int k, const int* token_ids, flo
   if (threadIdx.x == 0 && advance && positions[token] >= 0) ++positions[token];
 }
 
-// bfloat16 or float32 [n, k]. One warp a unit.
+// Eight neighbouring values of a row, stored at once.
+__device__ __forceinline__ void store8(__nv_fp8_e4m3* to, const float2 (&v)[4]) {
+  uint32_t w[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    w[i] = __nv_cvt_float2_to_fp8x2(v[2 * i], __NV_SATFINITE, __NV_E4M3) |
+           static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(v[2 * i + 1], __NV_SATFINITE, __NV_E4M3)) << 16;
+  *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
+}
+
+__device__ __forceinline__ void store8(__nv_bfloat16* to, const float2 (&v)[4]) {
+  __nv_bfloat162 w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = __float22bfloat162_rn(v[i]);
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(w);
+}
+
+__device__ __forceinline__ void store8(float* to, const float2 (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    reinterpret_cast<float4*>(to)[i] = make_float4(v[2 * i].x, v[2 * i].y, v[2 * i + 1].x, v[2 * i + 1].y);
+}
+
+constexpr int log2_of(int v) { return v <= 1 ? 0 : 1 + log2_of(v / 2); }
+
+// out [rows, k] of 8, 16 or 32 bits a value; one warp a unit. A lane stores 8 columns at a time, four lanes a sector.
+//
+// With 8 bits a value is W / (row_factor * unit), and row_scale [rows] becomes row_factor * unit. A code c, moved to the
+// high bits of its byte, becomes the float 2^15 + c by its bits. scale * (2^15 + c) - scale * (2^15 + zero) is one
+// fused multiply-add, and exact where `scale` is a byte times a power of two.
 template <class F, class T>
-__global__ void dequantize(Segment matrix, int units, int k, T* out) {
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32, tile = index / units, unit = index % units;
-  if (tile >= matrix.num_tiles) return;
-  const uint8_t* data = matrix.data + index * matrix.unit_bytes;
+__global__ void __launch_bounds__(256)
+    dequantize(Pieces pieces, int units, int k, T* out, float* row_scale, float unit, float inverse_unit) {
+  constexpr float kRaised = 32768.0f;
+  const int index = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32, at = index % units;
+  int tile = index / units, piece = 0;
+  while (piece < pieces.count && tile >= pieces.segments[piece].num_tiles) tile -= pieces.segments[piece++].num_tiles;
+  if (piece == pieces.count) return;
+  const Segment& matrix = pieces.segments[piece];
+  const uint8_t* data = matrix.data + (static_cast<int64_t>(tile) * units + at) * matrix.unit_bytes;
+  uint32_t codes[2][4][4];
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair)
+    load_codes<F::kBits>([&](int n) { return __ldcs(reinterpret_cast<const uint4*>(data + n)); },
+                         [&](int n) { return __ldcs(reinterpret_cast<const uint2*>(data + n)); }, pair, lane, codes[pair]);
+  constexpr int kWords = F::kNumGroups * (F::kAffine ? 2 : 1);
+  uint32_t params[kWords] = {};
   const int row = lane / 4;
-  const float factor[2] = {matrix.row_factor[tile * kTileRows + row], matrix.row_factor[tile * kTileRows + row + 8]};
-  constexpr int kGroups = F::kGroup == 0 ? 1 : kUnitColumns / F::kGroup;
-  const uint8_t* params = data + kCodeBytes<F::kBits> + row * kGroups * (F::kAffine ? 8 : 4);
+  if constexpr (!F::kSigned) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(data + kCodeBytes<F::kBits>) + row * kWords;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    uint32_t a[4][4];
-    load_codes<F::kBits>([&](int n) { return *reinterpret_cast<const uint4*>(data + n); },
-                         [&](int n) { return *reinterpret_cast<const uint2*>(data + n); }, pair, lane, a);
+    for (int i = 0; i < kWords; ++i) params[i] = __ldcs(from + i);
+  }
+  const int steps = (k - at * kUnitColumns) / 32;  // that are there, of 32 columns
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = 128 * pair + 32 * i;
-      const int group = F::kGroup == 0 ? 0 : column / (F::kGroup == 0 ? 1 : F::kGroup);
+  for (int r8 = 0; r8 < 2; ++r8) {
+    const int n = tile * kTileRows + row + 8 * r8;
+    if (n >= matrix.n) continue;
+    const int64_t to_row = pieces.first_rows[piece] + n;
+    const float row_factor = matrix.row_factor[n], factor = sizeof(T) == 1 ? inverse_unit : row_factor;
+    if (sizeof(T) == 1 && at == 0 && lane % 4 == 0) row_scale[to_row] = row_factor * unit;
+    T* to = out + to_row * k + at * kUnitColumns + 8 * (lane % 4);
+    constexpr int kSecondShift = log2_of(kSecondRowFactor<F::kBits>);
+    const int up = 8 - F::kBits - (r8 == 0 ? 0 : kSecondShift);
+    constexpr int kSteps = F::kGroup == 0 ? 8 : F::kGroup / 32;
+    float scale = factor, offset = factor * -(kRaised + 128);
 #pragma unroll
-      for (int r8 = 0; r8 < 2; ++r8) {
-        float scale = factor[r8], offset;
+    for (int i = 0; i < 8; ++i) {
+      if (i % kSteps == 0) {
         if constexpr (F::kAffine) {
-          const __half2 v = reinterpret_cast<const __half2*>(params)[2 * group + r8];
-          scale = __half2float(v.x), offset = __half2float(v.y);
-        } else if constexpr (F::kSigned) {
-          offset = 0;
-        } else {
-          scale *= params[4 * group + 2 * r8];
-          offset = -scale * params[4 * group + 2 * r8 + 1];
-          scale *= 1 << (8 - F::kBits);
-        }
-        const int n = tile * kTileRows + row + 8 * r8;
-        if (n >= matrix.n) continue;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int at = unit * kUnitColumns + column + 8 * (lane % 4) + e;
-          const int byte = (a[i][2 * (e / 4) + r8] >> (8 * (e % 4))) & 255;
-          const int code = F::kSigned ? static_cast<int8_t>(byte) : r8 == 0 ? byte : byte / kSecondRowFactor<F::kBits>;
-          if (at < k) out[static_cast<int64_t>(n) * k + at] = static_cast<T>(scale * code + offset);
+          const float2 v = __half22float2(reinterpret_cast<const __half2*>(params)[2 * (i / kSteps) + r8]);
+          scale = factor * v.x * (1.0f / (1 << (8 - F::kBits))), offset = fmaf(factor, v.y, -kRaised * scale);
+        } else if constexpr (!F::kSigned) {
+          const uint32_t v = params[i / kSteps];
+          scale = factor * byte_to_float(v, 2 * r8), offset = -scale * (kRaised + byte_to_float(v, 2 * r8 + 1));
         }
       }
+      float2 v[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t word = (codes[i / 4][i % 4][2 * h + r8] << up) ^ (F::kSigned ? 0x80808080u : 0u);
+        float c[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          c[j] = fmaf(__uint_as_float(__byte_perm(word, 0x47000000u, 0x7404 | j << 4)), scale, offset);
+        v[2 * h] = make_float2(c[0], c[1]), v[2 * h + 1] = make_float2(c[2], c[3]);
+      }
+      if (i < steps) store8(to + 32 * i, v);
     }
   }
 }
@@ -117,13 +170,20 @@ int peregrine_embed(const Segment* table, int units, int k, const int* token_ids
   });
 }
 
-int peregrine_dequantize(const Segment* matrix, int units, int k, void* out, int is_float32, void* stream) {
-  const int64_t warps = static_cast<int64_t>(matrix->num_tiles) * units;
-  const int blocks = static_cast<int>((warps + 7) / 8);
-  return launch(matrix->format, [&](auto f) {
-    const auto s = static_cast<cudaStream_t>(stream);
-    if (is_float32) dequantize<decltype(f)><<<blocks, 256, 0, s>>>(*matrix, units, k, static_cast<float*>(out));
-    else dequantize<decltype(f)><<<blocks, 256, 0, s>>>(*matrix, units, k, static_cast<__nv_bfloat16*>(out));
+// value_bits: 8 (e4m3, with row_scale), 16 (bfloat16) or 32.
+int peregrine_dequantize(const Pieces* pieces, int units, int k, int value_bits, void* out, float* row_scale,
+                         float unit, void* stream) {
+  int tiles = 0;
+  for (int i = 0; i < pieces->count; ++i) tiles += pieces->segments[i].num_tiles;
+  const int blocks = (tiles * units + 7) / 8;
+  return launch(pieces->segments[0].format, [&](auto f) {
+    const auto run = [&](auto* to) {
+      dequantize<decltype(f)><<<blocks, 256, 0, static_cast<cudaStream_t>(stream)>>>(*pieces, units, k, to, row_scale,
+                                                                                    unit, 1 / unit);
+    };
+    if (value_bits == 8) run(static_cast<__nv_fp8_e4m3*>(out));
+    else if (value_bits == 16) run(static_cast<__nv_bfloat16*>(out));
+    else run(static_cast<float*>(out));
   });
 }
 }

@@ -1,0 +1,138 @@
+"""What lies between the products of a prompt chunk, in plain torch: the specification of triton_ops.prefill.
+
+A product of e4m3 operands comes without their scales; whoever reads it multiplies by them:
+value[t, n] * token_scale[t] * row_scale[n].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.reference import activate, add_projection, apply_rope, rms_norm
+from kernels.types import AttentionWeights
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+BLOCK_TOKENS = 16  # of a KV block
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """A matrix's input [T, K]: bfloat16, or e4m3 with scale float32 [T]."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """A matrix's output: bfloat16 [T, N], and the operands' scales, float32 [T] and [N], if it lacks them."""
+
+    values: Tensor
+    token_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+
+    def float(self) -> Tensor:
+        """float32 [T, N], scaled."""
+        if self.token_scale is None or self.row_scale is None:
+            return self.values.float()
+        return self.values.float() * self.token_scale.unsqueeze(1) * self.row_scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Where a chunk's tokens are, all int32.
+
+    positions [T]; rows [T]: of the block table, -1 for padding; block_table [rows, max blocks]; tiles [N, 4]:
+    first token, number of tokens (0: none, at most `tile`), row and first position of queries that follow
+    each other in one sequence.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    block_table: Tensor
+    tiles: Tensor
+    tile: int
+
+
+def quantize(x: Tensor) -> Activations:
+    """e4m3 of x [T, K], the largest value of a row at 448."""
+    scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / FP8_MAX
+    return Activations((x.float() / scale.unsqueeze(1)).to(FP8), scale)
+
+
+def _activations(x: Tensor, to_fp8: bool) -> Activations:
+    return quantize(x) if to_fp8 else Activations(x.bfloat16())
+
+
+def add(x: Tensor, out: Product, bias: Tensor | None, post_norm: Tensor | None, eps: float) -> None:
+    """x float32 [T, hidden] += out + bias, through RMSNorm where the block has a norm behind it, in place."""
+    add_projection(x, out.float() if bias is None else out.float() + bias, post_norm, eps)
+
+
+def normalize(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    to_fp8: bool,
+    out: Product | None = None,
+    bias: Tensor | None = None,
+    post_norm: Tensor | None = None,
+) -> Activations:
+    """RMSNorm of x float32 [T, hidden], after `add` of the product before, if any."""
+    if out is not None:
+        add(x, out, bias, post_norm, eps)
+    return _activations(rms_norm(x, norm, eps), to_fp8)
+
+
+def gate(gate_up: Product, bias: Tensor | None, activation: str, to_fp8: bool) -> Activations:
+    """act(gate) * up of gate_up + bias [T, 2 ffn]."""
+    both = gate_up.float() if bias is None else gate_up.float() + bias
+    first, second = both.chunk(2, dim=1)
+    return _activations(activate(first, activation) * second, to_fp8)
+
+
+def rope_and_append(
+    qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens
+) -> Tensor:
+    """The rotated queries, bfloat16 [T, heads, head_dim]; keys and values go into the cache.
+
+    caches: bfloat16 [blocks, kv_heads, 16, head_dim] each.
+    """
+    both = qkv.float() if w.qkv_bias is None else qkv.float() + w.qkv_bias
+    heads = both.view(len(both), -1, w.head_dim)
+    query, keys, values = heads.split([w.num_heads, w.num_kv_heads, w.num_kv_heads], dim=1)
+    if w.q_norm is not None:
+        query = rms_norm(query, w.q_norm, w.eps)
+    if w.k_norm is not None:
+        keys = rms_norm(keys, w.k_norm, w.eps)
+    position = tokens.positions.long()
+    cos, sin = w.cos[position], w.sin[position]
+    is_there = tokens.rows >= 0
+    position = position[is_there]
+    block = tokens.block_table[tokens.rows[is_there].long(), position // BLOCK_TOKENS].long()
+    for cache, new in zip(caches, (apply_rope(keys, cos, sin), values), strict=True):
+        cache[block, :, position % BLOCK_TOKENS] = new[is_there].to(cache.dtype)
+    return apply_rope(query, cos, sin).bfloat16()
+
+
+def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens) -> Tensor:
+    """Causal attention over the cache, bfloat16 [T, heads * head_dim]; rows of no tile are undefined."""
+    out = torch.zeros_like(query)
+    group = w.num_heads // w.num_kv_heads
+    for first, count, row, start in tokens.tiles.tolist():
+        if count == 0:
+            continue
+        end = start + count
+        blocks = tokens.block_table[row, : -(-end // BLOCK_TOKENS)].long()
+        keys, values = (c[blocks].transpose(0, 1).flatten(1, 2)[:, :end].float() for c in caches)
+        keys, values = (t.repeat_interleave(group, dim=0) for t in (keys, values))
+        queries = query[first : first + count].transpose(0, 1).float()
+        distance = torch.arange(start, end, device=query.device).unsqueeze(1) - torch.arange(
+            end, device=query.device
+        )
+        visible = distance >= 0 if w.window is None else (distance >= 0) & (distance < w.window)
+        scores = (queries @ keys.transpose(1, 2) * w.scale).masked_fill(~visible, float("-inf"))
+        out[first : first + count] = (scores.softmax(dim=-1) @ values).transpose(0, 1).to(out.dtype)
+    return out.flatten(1)

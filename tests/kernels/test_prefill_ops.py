@@ -1,0 +1,190 @@
+"""The Triton kernels of a prompt chunk (in the interpreter without a GPU) against their specification."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import AttentionMetadata, prefill, reference
+from kernels.prefill import Activations, Product, Tokens
+from tests.kernels.helpers import relative_error, rope
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton", reason="triton is not installed")
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and Triton's interpreter is not chosen", allow_module_level=True)
+from kernels.triton_ops import prefill as triton_prefill  # noqa: E402
+
+DOT = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies bfloat16's bits
+BF16 = 1.2e-2  # a value that rounds the other way, or is cut off by the interpreter
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def product(tokens: int, width: int, has_scales: bool, seed: int = 0) -> Product:
+    values = randn(tokens, width, seed=seed)
+    if not has_scales:
+        return Product(values.bfloat16())
+    scales = randn(tokens, seed=seed + 1).abs() + 0.1, randn(width, seed=seed + 2).abs() + 0.1
+    return Product((values * 1000).bfloat16(), scales[0], scales[1] / 1000)
+
+
+def check(got: Activations, expected: Activations) -> None:
+    """The values they stand for; both round to nearest, but sums run in another order."""
+    assert got.values.dtype == expected.values.dtype
+    assert (got.scale is None) == (expected.scale is None)
+    values = [a.values.float() * (1 if a.scale is None else a.scale.unsqueeze(1)) for a in (got, expected)]
+    if got.scale is None:
+        assert relative_error(*values) < BF16
+        return
+    torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0)
+    off = (values[0] - values[1]).abs()
+    # Triton's interpreter halves what rounds up to a power of two, about every twentieth value.
+    share = 0.02 if DEVICE == "cuda" else 0.15
+    assert (off > 1e-3 * values[1].abs()).float().mean() < share
+    if DEVICE == "cuda":  # one step of e4m3 at most
+        assert bool((off <= 0.13 * values[1].abs() + got.scale.unsqueeze(1) / 500).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("hidden", [64, 416])
+@pytest.mark.parametrize("to_fp8", [False, True])
+@pytest.mark.parametrize("extras", ["nothing", "product", "scales", "bias", "post_norm"])
+def test_normalize(tokens, hidden, to_fp8, extras):
+    x, norm, options = randn(tokens, hidden) * 3, randn(hidden, seed=1), {}
+    if extras != "nothing":
+        options["out"] = product(tokens, hidden, extras == "scales", seed=2)
+        options["bias"] = randn(hidden, seed=6) if extras in ("bias", "post_norm") else None
+        options["post_norm"] = randn(hidden, seed=7) if extras == "post_norm" else None
+    streams = x.clone(), x.clone()
+    check(
+        triton_prefill.normalize(streams[0], norm, 1e-5, to_fp8, **options),
+        prefill.normalize(streams[1], norm, 1e-5, to_fp8, **options),
+    )
+    torch.testing.assert_close(*streams, rtol=1e-5, atol=1e-5)
+    assert torch.equal(streams[0], x) == (extras == "nothing")
+
+
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_add(has_extras):
+    x, out = randn(3, 96), product(3, 96, has_extras, seed=2)
+    bias, post_norm = (randn(96, seed=6), randn(96, seed=7)) if has_extras else (None, None)
+    got, expected = x.clone(), x.clone()
+    triton_prefill.add(got, out, bias, post_norm, 1e-5)
+    prefill.add(expected, out, bias, post_norm, 1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x", [randn(4, 80) * 100, torch.zeros(2, 80, device=DEVICE)], ids=["random", "zeros"]
+)
+def test_quantize(x):
+    got = triton_prefill.quantize(x.bfloat16())
+    check(got, prefill.quantize(x.bfloat16()))
+    if x.any():
+        assert float(got.values.float().abs().amax(dim=1).min()) == 448
+
+
+@pytest.mark.parametrize("ffn", [32, 416])
+@pytest.mark.parametrize("to_fp8", [False, True])
+@pytest.mark.parametrize("has_extras", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate(ffn, to_fp8, has_extras, activation):
+    both, bias = product(3, 2 * ffn, has_extras), randn(2 * ffn, seed=5) if has_extras else None
+    check(triton_prefill.gate(both, bias, activation, to_fp8), prefill.gate(both, bias, activation, to_fp8))
+
+
+CHUNKS = [
+    [(0, 20)],
+    [(0, 1), (33, 40), (100, 17), (15, 2)],
+]
+
+
+def tokens_of(chunks: list[tuple[int, int]], tile: int, num_blocks: int) -> Tokens:
+    """Chunks (first position, number of tokens) in scattered rows and blocks, with padding behind them."""
+    table = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).int().view(8, -1)
+    positions, rows, tiles, first = [], [], [(0, 0, 0, 0)], 0
+    for i, (start, count) in enumerate(chunks):
+        positions += range(start, start + count)
+        rows += [7 - i] * count
+        tiles += [(first + j, min(tile, count - j), 7 - i, start + j) for j in range(0, count, tile)]
+        first += count
+    ints = [torch.tensor(v, dtype=torch.int32) for v in (positions + [0] * 3, rows + [-1] * 3, tiles)]
+    positions, rows, tiles = (t.to(DEVICE) for t in ints)
+    return Tokens(positions, rows, table.to(DEVICE), tiles, tile)
+
+
+def weights(heads: int, kv_heads: int, dim: int, has_extras: bool, window: int | None = None):
+    cos, sin = (t.to(DEVICE) for t in rope(256, dim))
+    bias = randn((heads + 2 * kv_heads) * dim, seed=11) if has_extras else None
+    norms = [randn(dim, seed=12 + i) if has_extras else None for i in range(2)]
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "scale": dim**-0.5}
+    norms = dict(zip(("q_norm", "k_norm"), norms, strict=True))
+    return SimpleNamespace(**sizes, **norms, eps=1e-6, cos=cos, sin=sin, qkv_bias=bias, window=window)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (20, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_rope_and_append(chunks, heads, kv_heads, dim, has_extras):
+    tokens, w = tokens_of(chunks, 16, 128), weights(heads, kv_heads, dim, has_extras)
+    qkv = product(len(tokens.positions), (heads + 2 * kv_heads) * dim, has_extras)
+    shape = (128, kv_heads, 16, dim)
+    caches = [[torch.full(shape, float("nan")).to(DEVICE, torch.bfloat16) for _ in "kv"] for _ in range(2)]
+    got = triton_prefill.rope_and_append(qkv, w, tuple(caches[0]), tokens)
+    expected = prefill.rope_and_append(qkv, w, tuple(caches[1]), tokens)
+    assert relative_error(got, expected) < BF16
+    for a, b in zip(*caches, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert int((~a.isnan()).sum()) == sum(n for _, n in chunks) * kv_heads * dim
+        assert relative_error(a.nan_to_num(), b.nan_to_num()) < BF16
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("tile", [16, 32])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_attend(chunks, tile, heads, kv_heads, dim, window):
+    tokens, w = tokens_of(chunks, tile, 128), weights(heads, kv_heads, dim, False, window)
+    k, v = (torch.full((128, kv_heads, 16, dim), float("nan")) for _ in "kv")
+    for i, (start, count) in enumerate(chunks):
+        for p in range(start + count):
+            at = int(tokens.block_table[7 - i, p // 16]), slice(None), p % 16
+            k[at], v[at] = randn(kv_heads, dim, seed=p).cpu(), randn(kv_heads, dim, seed=p + 1000).cpu()
+    caches = k.to(DEVICE, DOT), v.to(DEVICE, DOT)
+    query = randn(len(tokens.positions), heads, dim, seed=4).to(DOT)
+    got = triton_prefill.attend(query, w, caches, tokens)
+    expected = prefill.attend(query, w, caches, tokens)
+    count = sum(n for _, n in chunks)
+    assert relative_error(got[:count], expected[:count]) < 2 * BF16
+    # The specification itself, against that of the decode kernels.
+    metadata = AttentionMetadata(
+        tokens.positions[:count],
+        tokens.positions[:0],
+        torch.tensor([0, *torch.tensor([n for _, n in chunks]).cumsum(0)], dtype=torch.int32),
+        torch.tensor([a + n for a, n in chunks], dtype=torch.int32),
+        tokens.block_table.flip(0)[: len(chunks)],
+    )
+    keys = caches[0].nan_to_num().transpose(2, 3)
+    plain = reference.paged_attention(
+        query[:count].float(), keys, caches[1].nan_to_num(), metadata, w.scale, window
+    )
+    assert relative_error(expected[:count], plain.flatten(1)) < BF16
+
+
+def test_products_know_their_scales():
+    a, b = Product(randn(2, 3).bfloat16()), product(2, 3, True)
+    assert torch.equal(a.float(), a.values.float())
+    assert b.row_scale is not None
+    assert b.token_scale is not None
+    torch.testing.assert_close(b.float(), b.values.float() * b.token_scale[:, None] * b.row_scale)
