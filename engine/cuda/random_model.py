@@ -21,7 +21,7 @@ _BITS = {
     4.25: DeviceFormat(4, 64, "zero"),
     8.0: DeviceFormat(8, 0, "zero"),
 }
-_HEAD = DeviceFormat(8, 0, "zero")
+_HEAD = DeviceFormat(6, 128, "zero")
 _TABLE = DeviceFormat(4, 64, "zero")  # rows are looked up one by one
 
 

@@ -24,37 +24,64 @@ __device__ __forceinline__ uint32_t mark_of(Marks marks, uint32_t odd_launches, 
   return marks == 0 ? kUnmarked : (marks ^ (marks >> 1 & odd_launches >> token)) & 1;
 }
 
-// Codes, sums and scale of one unit of one token. Columns 8 lane .. + 7 are tile lane / 8, its mma (lane / 4) % 2, the
-// bytes of a lane with lane % 4.
-__device__ __forceinline__ void quantize_unit(const Floats8& value, int unit, int token, int tokens, int lane,
-                                              const Activations& x) {
-  float largest = 0;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) largest = fmaxf(largest, fabsf(value.v[e]));
-  largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));  // not negative: ordered as its bits
-  // A little short, so that no quotient exceeds kCodeMax. Rounding by adding kMagic (units.cuh), and 128 more: byte 1
-  // is then the high part, byte 0 the low part with its sign turned.
-  const float inverse = largest > 0 ? __fdividef(kCodeMax - 1, largest) : 0.0f;
-  uint32_t bits[8], high[2], low[2];
-  int sum = 0;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) bits[e] = __float_as_uint(fmaf(value.v[e], inverse, kMagic + 128));
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t first = __byte_perm(bits[4 * h], bits[4 * h + 1], 0x5140);  // low, low, high, high
-    const uint32_t second = __byte_perm(bits[4 * h + 2], bits[4 * h + 3], 0x5140);
-    low[h] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
-    high[h] = __byte_perm(first, second, 0x7632);
-    sum += __dp4a(static_cast<int>(high[h]), 0x01010101, 0) * 256 + __dp4a(static_cast<int>(low[h]), 0x01010101, 0);
-  }
+// A lane's eight columns of some (unit, token) pairs: their loads, reductions and conversions are under way together.
+template <int kBatch>
+struct Batch {
+  Floats8 value[kBatch];
+  int unit[kBatch], token[kBatch];  // unit < 0: there is none
+};
+
+// Codes, sums and scale of each pair. Columns 8 lane .. + 7 are tile lane / 8, its mma (lane / 4) % 2, the bytes of a lane
+// with lane % 4.
+template <int kBatch>
+__device__ __forceinline__ void quantize_batch(const Batch<kBatch>& batch, int tokens, int lane, const Activations& x) {
   const int tile = lane / 8, half = (lane / 4) % 2, column = lane % 4;
-  uint8_t* to = x.codes + (((unit * 4 + tile) * 2 * tokens + 2 * token) * 4 + column) * 16 + half * 8;
-  *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
-  *reinterpret_cast<uint2*>(to + 64) = make_uint2(low[0], low[1]);
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  sum += __shfl_xor_sync(~0u, sum, 2);
-  if (column == 0) x.sums[(unit * tokens + token) * 8 + 2 * tile + half] = static_cast<float>(sum);
-  if (lane == 0) x.scales[unit * tokens + token] = largest * (1.0f / (kCodeMax - 1));
+  float largest[kBatch];
+  int sum[kBatch];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    const float* v = batch.value[i].v;
+    float m[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) m[e] = fmaxf(fabsf(v[e]), fabsf(v[e + 4]));
+    largest[i] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i)  // not negative: ordered as its bits
+    largest[i] = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest[i])));
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    // A little short, so that no quotient exceeds kCodeMax. Rounding by adding kMagic (units.cuh), and 128 more: byte 1
+    // is then the high part, byte 0 the low part with its sign turned.
+    const float inverse = largest[i] > 0 ? __fdividef(kCodeMax - 1, largest[i]) : 0.0f;
+    uint32_t bits[8], high[2], low[2];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) bits[e] = __float_as_uint(fmaf(batch.value[i].v[e], inverse, kMagic + 128));
+    sum[i] = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t first = __byte_perm(bits[4 * h], bits[4 * h + 1], 0x5140);  // low, low, high, high
+      const uint32_t second = __byte_perm(bits[4 * h + 2], bits[4 * h + 3], 0x5140);
+      low[h] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+      high[h] = __byte_perm(first, second, 0x7632);
+      sum[i] += __dp4a(static_cast<int>(high[h]), 0x01010101, 0) * 256 + __dp4a(static_cast<int>(low[h]), 0x01010101, 0);
+    }
+    if (batch.unit[i] >= 0) {
+      const int unit = batch.unit[i], token = batch.token[i];
+      uint8_t* to = x.codes + (((unit * 4 + tile) * 2 * tokens + 2 * token) * 4 + column) * 16 + half * 8;
+      *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
+      *reinterpret_cast<uint2*>(to + 64) = make_uint2(low[0], low[1]);
+      if (lane == 0) x.scales[unit * tokens + token] = largest[i] * (1.0f / (kCodeMax - 1));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
+    if (column == 0 && batch.unit[i] >= 0)
+      x.sums[(batch.unit[i] * tokens + batch.token[i]) * 8 + 2 * tile + half] = static_cast<float>(sum[i]);
+  }
 }
 
 // Every `stride`-th pair of a unit and a token.
@@ -76,78 +103,77 @@ struct Pairs {
   }
 };
 
-// What a lane needs for a pair.
-struct Entry {
-  Floats8 x, delta, norm;
-};
-
-// Quantizes a warp's pairs. kNorm: adds delta to the stream, writes the result on where `keeps(unit, token)` says so,
-// notes the squares, multiplies by the norm. Rolled up, since the code is cold each time: fetching instructions would
-// take longer than it saves; the loads of the next pairs are under way meanwhile.
-template <bool kNorm, class Scale, class Keeps>
+// Quantizes a warp's pairs, kBatch at a time. kNorm: adds delta to the stream, writes the result on where
+// `keeps(unit, token)` says so, notes the squares, multiplies by the norm.
+template <int kBatch, bool kNorm, class Scale, class Keeps>
 __device__ __forceinline__ void quantize_pairs(const MatmulPhase& phase, Pairs pairs, const Activations& x,
                                                uint32_t odd_launches, Scale delta_scale, float* squares, int lane,
                                                Keeps keeps) {
   const Marks x_marks = phase.x_marks, delta_marks = phase.delta_marks;
-  const int row_size = phase.units * kUnitColumns;
-  const auto column = [&](const Pairs& p) { return p.unit * kUnitColumns + 8 * lane; };
-  const auto place = [&](const Pairs& p) { return p.token * row_size + p.unit * kUnitColumns + 4 * lane; };
-  const auto is_there = [&](const Pairs& p) { return p.is_there() && column(p) < phase.k; };
-  Pairs ahead = pairs;
-  const auto begin = [&] {
-    Entry e{};
-    if (is_there(ahead)) {
-      e.x = x_marks == 0 ? load8(phase.x + static_cast<int64_t>(ahead.token) * phase.k + column(ahead))
-                         : load_marked8(phase.x + place(ahead));
+  const int row_size = phase.units * kUnitColumns, tokens = pairs.tokens;
+  while (pairs.is_there()) {
+    Batch<kBatch> batch;
+    Floats8 delta[kBatch], norm[kBatch];
+    int place[kBatch];
+    bool is_there[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, pairs.next()) {
+      const int column = pairs.unit * kUnitColumns + 8 * lane;
+      batch.unit[i] = pairs.is_there() ? pairs.unit : -1, batch.token[i] = pairs.token;
+      place[i] = pairs.token * row_size + pairs.unit * kUnitColumns + 4 * lane;
+      is_there[i] = pairs.is_there() && column < phase.k;
+      batch.value[i] = delta[i] = norm[i] = Floats8{};
+      if (!is_there[i]) continue;
+      batch.value[i] = x_marks == 0 ? load8(phase.x + static_cast<int64_t>(pairs.token) * phase.k + column)
+                                    : load_marked8(phase.x + place[i]);
       if constexpr (kNorm) {
-        if (delta_marks != 0) e.delta = load_marked8(phase.delta + place(ahead));
-        e.norm = load8(phase.norm + column(ahead));
+        if (delta_marks != 0) delta[i] = load_marked8(phase.delta + place[i]);
+        norm[i] = load8(phase.norm + column);
       }
     }
-    ahead.next();
-    return e;
-  };
-  // Not an array, which would lie in memory.
-  Entry first = begin(), second = begin(), third{}, fourth{};
-  if constexpr (!kNorm) third = begin(), fourth = begin();
-#pragma unroll 1
-  for (; pairs.is_there(); pairs.next()) {
-    const Entry now = first;
-    first = second;
-    if constexpr (kNorm) second = begin();
-    else second = third, third = fourth, fourth = begin();
-    Floats8 v{};
-    float scale = 1.0f;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (is_there[i])
+        batch.value[i] = settle(batch.value[i], phase.x + place[i], mark_of(x_marks, odd_launches, batch.token[i]));
     if constexpr (kNorm) {
-      if (phase.delta_norm != nullptr) scale = delta_scale(pairs.token);
-    }
-    if (is_there(pairs)) {
-      v = settle(now.x, phase.x + place(pairs), mark_of(x_marks, odd_launches, pairs.token));
-      if constexpr (kNorm) {
-        if (delta_marks != 0) {
-          Floats8 d = settle(now.delta, phase.delta + place(pairs), mark_of(delta_marks, odd_launches, pairs.token));
-          if (phase.delta_norm != nullptr) {
-            const Floats8 weight = load8(phase.delta_norm + column(pairs));
+      float square[kBatch];
 #pragma unroll
-            for (int e = 0; e < 8; ++e) d.v[e] *= scale * weight.v[e];
-          }
+      for (int i = 0; i < kBatch; ++i)
+        if (is_there[i] && delta_marks != 0)
+          delta[i] = settle(delta[i], phase.delta + place[i], mark_of(delta_marks, odd_launches, batch.token[i]));
+      if (phase.delta_norm != nullptr) {
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v.v[e] += d.v[e];
+        for (int i = 0; i < kBatch; ++i) {
+          const float scale = delta_scale(batch.token[i]);
+          if (!is_there[i]) continue;
+          const Floats8 weight = load8(phase.delta_norm + batch.unit[i] * kUnitColumns + 8 * lane);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) delta[i].v[e] *= scale * weight.v[e];
         }
-        if (phase.stream != nullptr && keeps(pairs.unit, pairs.token))
-          store_marked8(phase.stream + place(pairs), v, mark_of(phase.stream_marks, odd_launches, pairs.token));
       }
-    }
-    if constexpr (kNorm) {
-      float square = 0;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) square += v.v[e] * v.v[e];
-      square = lanes_sum(square);
-      if (lane == 0) squares[pairs.unit * pairs.tokens + pairs.token] = square;
+      for (int i = 0; i < kBatch; ++i) {
+        Floats8& v = batch.value[i];
+        square[i] = 0;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) v.v[e] *= now.norm.v[e];  // zero where there is nothing
+        for (int e = 0; e < 8; ++e) {
+          v.v[e] += delta[i].v[e];
+          square[i] += v.v[e] * v.v[e];
+        }
+        if (phase.stream != nullptr && is_there[i] && keeps(batch.unit[i], batch.token[i]))
+          store_marked8(phase.stream + place[i], v, mark_of(phase.stream_marks, odd_launches, batch.token[i]));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v.v[e] *= norm[i].v[e];
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step >>= 1)
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) square[i] += __shfl_xor_sync(~0u, square[i], step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (lane == 0 && batch.unit[i] >= 0) squares[batch.unit[i] * tokens + batch.token[i]] = square[i];
     }
-    quantize_unit(v, pairs.unit, pairs.token, pairs.tokens, lane, x);
+    quantize_batch<kBatch>(batch, tokens, lane, x);
   }
 }
 

@@ -45,31 +45,46 @@ __device__ __forceinline__ int item_columns(const AttentionPhase& phase, const S
   return phase.head_dim == 64 || items <= static_cast<int>(gridDim.x) ? 64 : 128;
 }
 
-// fn(item): this block's items, one after the other.
+// fn(item): this block's items, one after the other. All lanes of a warp call it: each looks at one token, so that the
+// time does not grow with the tokens.
 template <class Fn>
 __device__ __forceinline__ void for_each_item(const AttentionPhase& phase, const Step& step, const Rows& rows, Fn fn) {
-  const int groups = phase.groups;
+  const int lane = threadIdx.x % 32, groups = phase.groups;
   const int log_halves = __ffs(phase.head_dim) - __ffs(item_columns(phase, step));  // all of these are powers of two
-  int index = blockIdx.x;
-  for (int token = 0; token < step.num_tokens; ++token) {
-    const int position = rows.positions[token];
-    if (position < 0) continue;
-    const int first = phase.window > 0 ? max(0, position + 1 - phase.window) : 0;
+  const int heads = phase.num_kv_heads * groups << log_halves;
+  const auto log_size_of = [](int position) {
     int log_size = kLogSplitTokens;
     while (kMaxSplits << log_size < position + 1) ++log_size;
-    const int first_split = first >> log_size, splits = (position >> log_size) + 1 - first_split;
-    const int heads = phase.num_kv_heads * groups << log_halves, count = heads * splits;
-    for (; index < count; index += gridDim.x) {
-      // Divisions take long; mostly there is nothing to divide.
-      int split = 0, head = index, group = 0;
-      if (splits > 1) split = index % splits, head = index / splits;
-      int kv_head = head >> log_halves;
-      if (groups > 1) group = kv_head % groups, kv_head /= groups;
-      const int begin = (first_split + split) << log_size;
-      fn(Item{token, position, first, begin, min(begin + (1 << log_size), position + 1), split, splits, kv_head, group,
-              head & ((1 << log_halves) - 1), token * heads + head});
-    }
-    index -= count;
+    return log_size;
+  };
+  const auto first_of = [&](int position) { return phase.window > 0 ? max(0, position + 1 - phase.window) : 0; };
+  const int my_position = lane < step.num_tokens ? rows.positions[lane] : -1;
+  int count = 0;
+  if (my_position >= 0) {
+    const int log_size = log_size_of(my_position);
+    count = heads * ((my_position >> log_size) + 1 - (first_of(my_position) >> log_size));
+  }
+  int end = count;
+#pragma unroll
+  for (int step = 1; step < kMaxTokens; step *= 2) {
+    const int before = __shfl_up_sync(~0u, end, step);
+    if (lane >= step) end += before;
+  }
+  const int total = __shfl_sync(~0u, end, kMaxTokens - 1);
+#pragma unroll 1
+  for (int index = blockIdx.x; index < total; index += gridDim.x) {
+    const int token = __popc(__ballot_sync(~0u, lane < kMaxTokens && end <= index));
+    const int position = __shfl_sync(~0u, my_position, token), first = first_of(position);
+    const int log_size = log_size_of(position), first_split = first >> log_size;
+    const int splits = (position >> log_size) + 1 - first_split;
+    // Divisions take long; mostly there is nothing to divide.
+    int split = 0, head = index - __shfl_sync(~0u, end - count, token), group = 0;
+    if (splits > 1) split = head % splits, head /= splits;
+    int kv_head = head >> log_halves;
+    if (groups > 1) group = kv_head % groups, kv_head /= groups;
+    const int begin = (first_split + split) << log_size;
+    fn(Item{token, position, first, begin, min(begin + (1 << log_size), position + 1), split, splits, kv_head, group,
+            head & ((1 << log_halves) - 1), token * heads + head});
   }
 }
 

@@ -22,8 +22,9 @@ namespace {
 extern __shared__ __align__(128) uint8_t shared[];
 
 // Enough to keep the memory busy. What is requested beyond that only queues up, and every other access to L2 queues
-// behind it (8B shape: 2.21 ms a token without a limit, 2.11 with 35 to 55 KB).
-constexpr uint32_t kMostFlyingBytes = 52 << 10;
+// behind it (8B shape: 2.21 ms a token without a limit, 2.11 with two or three stages of 17 KB; with stages of 35 KB
+// 1.98 with 64 KB, 1.96 with 72).
+constexpr uint32_t kMostFlyingBytes = 72 << 10;
 
 template <int kMma>
 constexpr int kSumsBuffers = kMma == 4 ? 2 : 4;  // slabs that consumers may be ahead of the epilogue
@@ -39,7 +40,7 @@ struct Control {
   uint64_t x_full;
   uint32_t odd_launches;  // see mark_of
   float squares[kMaxDirectUnits * kDirectTokens];
-  float delta_scale[kMaxTokens];
+  float delta_scale[kMaxTokens], norm_scale[kMaxTokens];
   Rows rows;
   int flag;
   alignas(16) uint8_t zeros[512];
@@ -106,6 +107,12 @@ struct PhaseReader {
   }
 };
 
+// Units of a stage of the ring: what a slab has (each warp two units between waits), unless two such stages are more
+// than may be in flight, or the activations of more than 8 tokens leave little room to the ring.
+__host__ __device__ constexpr int units_per_stage(int unit_bytes, bool is_wide) {
+  return unit_bytes <= 2304 && !is_wide ? kSlabUnits : kWarps;
+}
+
 // Both ends of the ring place stages alike: one after the other, none around the end.
 __device__ __forceinline__ uint32_t place(uint32_t& at, uint32_t bytes, uint32_t ring_bytes) {
   if (at + bytes > ring_bytes) at = 0;
@@ -170,8 +177,9 @@ __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingW
     const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
     plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
       const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * segment.unit_bytes;
-      for (int unit = first; unit < last; unit += kWarps) {
-        const uint32_t bytes = min(kWarps, last - unit) * segment.unit_bytes;
+      const int stage_units = units_per_stage(segment.unit_bytes, step.num_tokens > 8);
+      for (int unit = first; unit < last; unit += stage_units) {
+        const uint32_t bytes = min(stage_units, last - unit) * segment.unit_bytes;
         uint64_t* bar;
         uint8_t* to = writer.open(bytes, bar);
         stream_copy(to, data, bytes, bar);
@@ -256,9 +264,9 @@ __device__ void prepare(const MatmulPhase& phase, const Step& step, uint32_t odd
   if (phase.source == kNorm) {
     const auto delta_scale = [&](int token) { return measure_delta(phase, token, odd_launches, lane); };
     const auto keeps = [](int, int) { return true; };
-    quantize_pairs<true>(phase, pairs, x, odd_launches, delta_scale, step.prepared_squares, lane, keeps);
+    quantize_pairs<1, true>(phase, pairs, x, odd_launches, delta_scale, step.prepared_squares, lane, keeps);
   } else {
-    quantize_pairs<false>(phase, pairs, x, odd_launches, 0, step.prepared_squares, lane, 0);
+    quantize_pairs<1, false>(phase, pairs, x, odd_launches, 0, step.prepared_squares, lane, 0);
   }
 }
 
@@ -304,21 +312,24 @@ struct SumsWriter {
   }
 };
 
-// One tile of 16 rows over `count` units of activations; of a stage's units each warp takes one.
+// One tile of 16 rows over `count` units of activations; of a stage's units each warp takes one or two.
 template <class F, int kMma, bool kOne>
-__device__ __forceinline__ void tile_dot(const Activations& x, int count, int unit_bytes, int tokens, uint32_t zeros,
+__device__ __forceinline__ void tile_dot(const Activations& x, int count, int tokens, uint32_t zeros,
                                          RingReader& ring, SumsWriter& sums) {
   float acc[kMma][2] = {};
   const UnitActivations all{shared_address(x.codes), shared_address(x.sums), shared_address(x.scales)};
-  for (int begin = 0; begin < count; begin += kWarps) {
-    const int unit = begin + sums.warp, pairs = unit * tokens;
-    const uint32_t stage = shared_address(ring.next(min(kWarps, count - begin) * unit_bytes));
-    if (unit < count) {
+  constexpr int kStage = units_per_stage(F::kUnitBytes, kMma == 4);
+  for (int begin = 0; begin < count; begin += kStage) {
+    const int here = min(kStage, count - begin);
+    const uint32_t stage = shared_address(ring.next(here * F::kUnitBytes));
+#pragma unroll 1  // twice the code in one piece was half as fast
+    for (int unit = sums.warp; unit < here; unit += kWarps) {
+      const int pairs = (begin + unit) * tokens;
       const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
-      unit_dot<F, kMma, kOne>(stage + sums.warp * unit_bytes, ux, tokens, zeros, sums.lane, acc);
+      unit_dot<F, kMma, kOne>(stage + unit * F::kUnitBytes, ux, tokens, zeros, sums.lane, acc);
     }
     ring.release();
-    if ((begin + kWarps) % kSlabUnits == 0 || begin + kWarps >= count) sums.write<kMma>(acc);
+    if ((begin + kStage) % kSlabUnits == 0 || begin + kStage >= count) sums.write<kMma>(acc);
   }
 }
 
@@ -369,6 +380,12 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
         const Activations x(x_room, count, tokens);
         if (pass > 0) barrier();  // nobody reads the last pass's codes now
         if (phase.source == kPrepared) {
+          if (pass == 0 && phase.norm != nullptr) {
+            for (int token = warp; token < tokens; token += kWarps) {
+              const float scale = norm_scale<false>(phase, step.prepared_squares, token, tokens, lane);
+              if (lane == 0) control.norm_scale[token] = scale;
+            }
+          }
           copy_prepared(phase, step, first, count, x, control, copies++ & 1, warp, lane);
         } else {
           const auto keeps = [&](int unit, int token) {  // every block computes the stream, one writes a piece
@@ -378,14 +395,16 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
           const Pairs pairs(warp, kWarps, phase.units, tokens);
           const uint32_t odd_launches = control.odd_launches;
           if (phase.source == kNorm)
-            quantize_pairs<true>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
+            quantize_pairs<2, true>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
+          else if (phase.units * tokens <= 2 * kWarps)
+            quantize_pairs<2, false>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
           else
-            quantize_pairs<false>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
+            quantize_pairs<4, false>(phase, pairs, x, odd_launches, delta_scale, control.squares, lane, keeps);
         }
         barrier();
         plan.for_each(phase, [&](int, int, const Segment& segment, int, int) {
           with_format(segment.format, [&](auto format) {
-            tile_dot<decltype(format), kMma, kOne>(x, count, segment.unit_bytes, tokens, zeros, ring, sums);
+            tile_dot<decltype(format), kMma, kOne>(x, count, tokens, zeros, ring, sums);
           });
         });
       }
@@ -433,7 +452,13 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
       const int passes = plan.num_passes();
       for (int pass = 0; pass < passes; ++pass) {
         const int slabs = min(plan.slabs_per_pass, plan.slabs - pass * plan.slabs_per_pass);
-        float gate[kValues], token_scale[kValues];
+        // Of a lane: always the same token, and rows kStep apart.
+        constexpr int kStep = 32 / kTokens;
+        const int token = lane % kTokens, first_of_lane = lane / kTokens;
+        const bool is_token = token < tokens;
+        const uint32_t mark = mark_of(phase.out_marks, odd_launches, token);
+        float* const out = phase.out + token * phase.out_stride;
+        float gate[kValues], token_scale = 1.0f;
         bool is_first = true;
         plan.for_each(phase, [&](int number, int part, const Segment& segment, int tile, int first_row) {
           float value[kValues];
@@ -463,32 +488,29 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
           }
           if (is_first) {  // sums have come, so the squares are there as well
             is_first = false;
-            float own = 1.0f;
-            if (phase.norm != nullptr) {
-              for (int token = 0; token < tokens; ++token) {
-                const float scale = phase.source == kPrepared
-                                        ? norm_scale<false>(phase, step.prepared_squares, token, tokens, lane)
-                                        : norm_scale<true>(phase, control.squares, token, tokens, lane);
-                if (lane == token) own = scale;
+            if (phase.norm != nullptr && phase.source == kPrepared) {
+              token_scale = control.norm_scale[token];
+            } else if (phase.norm != nullptr) {
+              for (int t = 0; t < tokens; ++t) {
+                const float scale = norm_scale<true>(phase, control.squares, t, tokens, lane);
+                if (token == t) token_scale = scale;
               }
             }
-#pragma unroll
-            for (int i = 0; i < kValues; ++i) token_scale[i] = __shfl_sync(~0u, own, (lane + 32 * i) % kTokens);
           }
+          const int place = place_of(first_row) + place_of(first_of_lane);  // additive: they have no bit in common
           const float* factor = factors + (phase.kind == kGated ? 2 * number + part : number) * kTileRows;
 #pragma unroll
           for (int i = 0; i < kValues; ++i) {
-            const int row = (lane + 32 * i) / kTokens, token = (lane + 32 * i) % kTokens;
-            const bool is_there = tile * kTileRows + row < segment.n && token < tokens;
+            const int row = first_of_lane + kStep * i;
+            const bool is_there = tile * kTileRows + row < segment.n && is_token;
             const float bias = segment.bias != nullptr && is_there ? segment.bias[tile * kTileRows + row] : 0.0f;
-            const float result = value[i] * factor[row] * token_scale[i] + bias;
+            const float result = value[i] * factor[row] * token_scale + bias;
             if (phase.kind == kGated && part == 0) {
               gate[i] = activate(result, phase.activation);
             } else if (is_there) {
-              float* to = phase.out + token * phase.out_stride;
               const float v = phase.kind == kGated ? gate[i] * result : result;
-              if (phase.out_marks == 0) to[first_row + row] = v;
-              else store_marked(to + place_of(first_row + row), v, mark_of(phase.out_marks, odd_launches, token));
+              if (phase.out_marks == 0) out[first_row + row] = v;
+              else store_marked(out + place + place_of(kStep * i), v, mark);
             }
           }
         });

@@ -111,6 +111,7 @@ struct UnitFormat {
   static constexpr bool kAffine = kAffine_;
   static constexpr bool kSigned = kGroup == 0;
   static constexpr int kNumGroups = kGroup == 0 ? 1 : kUnitColumns / kGroup;
+  static constexpr int kUnitBytes = kCodeBytes<kBits> + (kSigned ? 0 : kTileRows * kNumGroups * (kAffine ? 4 : 2));
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128);
   static_assert(!kAffine || kGroup == 32);
   static_assert(kGroup != 0 || kBits == 8);
