@@ -5,6 +5,7 @@ value[t, n] * token_scale[t] * row_scale[n].
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +18,15 @@ FP8_MAX = 448.0
 BLOCK_TOKENS = 16  # of a KV block
 
 
+UNIT_COLUMNS = 256  # of packed weights
+
+Form = Literal["bf16", "fp8", "tiled"]
+"""Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" the same in the order of `tiled`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """A matrix's input [T, K]: bfloat16, or e4m3 with scale float32 [T]."""
+    """A matrix's input [T, K]: bfloat16, or e4m3 (plain, or `tiled`) with scale float32 [T]."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -27,7 +34,10 @@ class Activations:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """A matrix's output: bfloat16 [T, N], and the operands' scales, float32 [T] and [N], if it lacks them."""
+    """A matrix's output: bfloat16 [T, N], or float32 [splits, T, N], whose sum it is.
+
+    Also the operands' scales, float32 [T] and [N], if it lacks them.
+    """
 
     values: Tensor
     token_scale: Tensor | None = None
@@ -35,9 +45,10 @@ class Product:
 
     def float(self) -> Tensor:
         """float32 [T, N], scaled."""
+        values = self.values.float() if self.values.dim() == 2 else self.values.sum(0)
         if self.token_scale is None or self.row_scale is None:
-            return self.values.float()
-        return self.values.float() * self.token_scale.unsqueeze(1) * self.row_scale
+            return values
+        return values * self.token_scale.unsqueeze(1) * self.row_scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,14 +67,35 @@ class Tokens:
     tile: int
 
 
-def quantize(x: Tensor) -> Activations:
-    """e4m3 of x [T, K], the largest value of a row at 448."""
+def quantize(x: Tensor, form: Form = "fp8") -> Activations:
+    """x [T, K] in that form; e4m3 has the largest value of a row at 448."""
+    if form == "bf16":
+        return Activations(x.bfloat16())
     scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / FP8_MAX
-    return Activations((x.float() / scale.unsqueeze(1)).to(FP8), scale)
+    values = (x.float() / scale.unsqueeze(1)).to(FP8)
+    return Activations(tiled(values) if form == "tiled" else values, scale)
 
 
-def _activations(x: Tensor, to_fp8: bool) -> Activations:
-    return quantize(x) if to_fp8 else Activations(x.bfloat16())
+def padded_tokens(num_tokens: int) -> int:
+    """Tokens of the tiled form: one tile of 64, or tiles of 128."""
+    return 64 if num_tokens <= 64 else -(-num_tokens // 128) * 128
+
+
+def tiled(values: Tensor) -> Tensor:
+    """e4m3 [T, K] as [lines, padded tokens, 128], as the tensor cores read it from shared memory.
+
+    A line is 128 columns, zeros behind the last ones up to a multiple of 256. Of every 32 columns, column
+    8 q + 4 h + b lies at 16 h + 4 q + b, as in the weights' fragments (kernels/cuda/packing.py); 16-byte
+    piece c of token t at place c ^ (t % 8), so that eight tokens' pieces are in different banks.
+    """
+    (num_tokens, k), padded = values.shape, padded_tokens(len(values))
+    width = -(-k // UNIT_COLUMNS) * UNIT_COLUMNS
+    given = torch.zeros(padded, width, dtype=torch.uint8, device=values.device)
+    given[:num_tokens, :k] = values.view(torch.uint8)
+    ordered = given.view(padded, -1, 4, 2, 4).transpose(2, 3).reshape(padded, -1, 8, 16)
+    token, piece = torch.arange(padded).unsqueeze(1), torch.arange(8)
+    swizzled = ordered[token, :, piece ^ (token % 8)]  # [tokens, pieces, lines, 16]: xor is its own inverse
+    return swizzled.permute(2, 0, 1, 3).reshape(-1, padded, 128).view(FP8)
 
 
 def add(x: Tensor, out: Product, bias: Tensor | None, post_norm: Tensor | None, eps: float) -> None:
@@ -75,7 +107,7 @@ def normalize(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    to_fp8: bool,
+    form: Form,
     out: Product | None = None,
     bias: Tensor | None = None,
     post_norm: Tensor | None = None,
@@ -83,14 +115,14 @@ def normalize(
     """RMSNorm of x float32 [T, hidden], after `add` of the product before, if any."""
     if out is not None:
         add(x, out, bias, post_norm, eps)
-    return _activations(rms_norm(x, norm, eps), to_fp8)
+    return quantize(rms_norm(x, norm, eps), form)
 
 
-def gate(gate_up: Product, bias: Tensor | None, activation: str, to_fp8: bool) -> Activations:
+def gate(gate_up: Product, bias: Tensor | None, activation: str, form: Form) -> Activations:
     """act(gate) * up of gate_up + bias [T, 2 ffn]."""
     both = gate_up.float() if bias is None else gate_up.float() + bias
     first, second = both.chunk(2, dim=1)
-    return _activations(activate(first, activation) * second, to_fp8)
+    return quantize(activate(first, activation) * second, form)
 
 
 def rope_and_append(

@@ -1,4 +1,4 @@
-"""Prompt chunks: matrices dequantized one by one, library products, Triton between them, paged KV cache."""
+"""Prompt chunks: products from packed weights or of unpacked ones, Triton between them, paged KV cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from engine.cuda.transfer import upload
 from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
 from kernels import AttentionWeights, FFNWeights
-from kernels.cuda import tables
+from kernels.cuda import prompt, tables
 from kernels.cuda.packing import DeviceWeight
-from kernels.prefill import FP8, Activations, Product, Tokens
+from kernels.prefill import FP8, Activations, Form, Product, Tokens
 
 Precision = Literal["fp8", "bf16"]
 PRECISION: Precision = "fp8"
 """Of the products on a GPU: with "fp8", matrices of at most 4 bits a weight and their inputs are e4m3."""
 
 _FP8_BITS = 4  # wider codes lose more to e4m3's three bits of mantissa than they lost to rounding
+_DIRECT_TOKENS = 256  # at most are multiplied by packed weights; for more, unpacking them once is faster
 _GRAPH_TOKENS = 1024  # at most; beyond, the launches hide behind the products
 _GRAPH_TILES = 8  # beside those that are full
 
@@ -46,6 +47,12 @@ class _Matrix:
 
     weight: DeviceWeight
     units: tuple[float, ...] | None
+
+    def form(self, num_tokens: int) -> Form:
+        """Of its input."""
+        if self.units is None:
+            return "bf16"
+        return "tiled" if num_tokens <= _DIRECT_TOKENS else "fp8"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +82,9 @@ class _Step:
 class Prefill:
     """Sums, residual stream, norms and rotation in float32; outputs of products in bfloat16.
 
-    Every matrix is dequantized into one scratch buffer, as large as the largest matrix, right before its use.
-    The number of tokens is rounded up, so that few shapes occur; small ones are captured as CUDA graphs.
+    Up to 256 tokens, e4m3 products read the packed weights. For more, and for bfloat16, a matrix is
+    unpacked into one scratch buffer, as large as the largest, right before its use. The number of tokens is
+    rounded up, so that few shapes occur; small ones are captured as CUDA graphs.
     """
 
     def __init__(
@@ -155,21 +163,19 @@ class Prefill:
 
     def _compute(self, step: _Step) -> None:
         """The residual stream of the step's tokens."""
-        x, ops = step.x, self._ops
+        x, ops, num_tokens = step.x, self._ops, len(step.x)
         tables.embed(step.ints[: len(x)], self._embedding, x, self._config.embedding_scale)
         last: tuple[Product, Tensor | None, Tensor | None] | tuple[()] = ()
         for layer in self._layers:
             a, f = layer.attention, layer.ffn
-            normed = ops.normalize(x, a.norm, a.eps, layer.qkv.units is not None, *last)
+            normed = ops.normalize(x, a.norm, a.eps, layer.qkv.form(num_tokens), *last)
             query = ops.rope_and_append(self._multiply(normed, layer.qkv), a, layer.caches, step.tokens)
             attended = ops.attend(query, a, layer.caches, step.tokens)
-            given = Activations(attended) if layer.o.units is None else ops.quantize(attended)
-            out = self._multiply(given, layer.o)
-            normed = ops.normalize(
-                x, f.norm, f.eps, layer.gate_up.units is not None, out, a.o_bias, a.post_norm
-            )
+            out = self._multiply(ops.quantize(attended, layer.o.form(num_tokens)), layer.o)
+            form = layer.gate_up.form(num_tokens)
+            normed = ops.normalize(x, f.norm, f.eps, form, out, a.o_bias, a.post_norm)
             both = self._multiply(normed, layer.gate_up)
-            gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.units is not None)
+            gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.form(num_tokens))
             last = self._multiply(gated, layer.down), f.down_bias, f.post_norm
         assert last
         ops.add(x, *last, self._layers[-1].ffn.eps)
@@ -179,6 +185,8 @@ class Prefill:
         if matrix.units is None:
             dense = tables.dequantize(matrix.weight, out=self._scratch.view(torch.bfloat16))
             return Product(x.values @ dense.T)
+        if x.values.dim() == 3:
+            return prompt.multiply(matrix.weight, matrix.units, x)
         values, row_scale = tables.dequantize_fp8(
             matrix.weight, matrix.units, self._scratch.view(FP8), self._row_scale
         )
@@ -194,8 +202,7 @@ class Prefill:
 
 
 def _is_narrow(matrix: DeviceWeight) -> bool:
-    fits = matrix.n % 16 == 0 and matrix.k % 16 == 0  # what cuBLAS asks of e4m3
-    return fits and all(p.format.bits <= _FP8_BITS for p in matrix.parts)
+    return all(p.format.bits <= _FP8_BITS and p.n % 16 == 0 for p in matrix.parts)  # as cuBLAS has it
 
 
 def _matrix(weight: object, use_fp8: bool) -> _Matrix:
@@ -243,7 +250,10 @@ def workspace_bytes(config: ModelConfig, weights: DeviceWeights, num_tokens: int
     # float32 residual stream; bfloat16 (or narrower) inputs and outputs of the two widest products.
     widest = 3 * config.intermediate_size + 2 * (config.q_size + config.kv_size) + 2 * config.hidden_size
     padded = _padded(num_tokens) + _padded(_GRAPH_TOKENS)  # the graphs have memory of their own
-    return scratch + 4 * max(m.n for m in layers) + padded * (4 * config.hidden_size + 2 * widest)
+    splits = (
+        2 * prompt.MAX_SPLITS * 4 * _DIRECT_TOKENS * (config.q_size + 2 * config.kv_size + config.hidden_size)
+    )
+    return scratch + 4 * max(m.n for m in layers) + padded * (4 * config.hidden_size + 2 * widest) + splits
 
 
 def _ops(device: torch.device) -> Any:

@@ -1,6 +1,7 @@
 """Embedding rows and dequantized matrices from weights in fragment order."""
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ _MAX_PIECES = 3
 _ZERO_UNIT = 256.0  # |scale * (u * 2^(8 - bits) - zero)| < 2^16: 254 at most, in this unit
 
 
-class _Pieces(ctypes.Structure):
+class Pieces(ctypes.Structure):
+    """Up to three matrices of one format and K: src/values.cuh."""
+
     _fields_ = (
         ("segments", _Segment * _MAX_PIECES),
         ("first_rows", ctypes.c_int32 * _MAX_PIECES),
@@ -42,7 +45,7 @@ def embed(
             pointer(None if advance is None else advance.data_ptr()),
             int(advance is not None),
             out.shape[0],
-            _stream(),
+            stream(),
         )
     )
 
@@ -87,11 +90,11 @@ def _affine_unit(m: DeviceMatrix) -> float:
     return float(2.0 ** int(exponent))
 
 
-def _launch(weight: DeviceWeight, out: Tensor, row_scale: Tensor | None, units: tuple[float, ...]) -> None:
-    """One kernel for neighbouring parts of one format and unit."""
+def groups(weight: DeviceWeight, units: tuple[float, ...]) -> Iterator[tuple[Pieces, float]]:
+    """Neighbouring parts of one format and unit, which one kernel takes."""
     first, at, parts = 0, 0, weight.parts
     while at < len(parts):
-        pieces = _Pieces()
+        pieces = Pieces()
         for part, unit in zip(parts[at : at + _MAX_PIECES], units[at : at + _MAX_PIECES], strict=True):
             if pieces.count and (part.format, unit) != (parts[at].format, units[at]):
                 break
@@ -99,25 +102,31 @@ def _launch(weight: DeviceWeight, out: Tensor, row_scale: Tensor | None, units: 
             pieces.first_rows[pieces.count] = first
             pieces.count += 1
             first += part.n
+        yield pieces, units[at]
+        at += pieces.count
+
+
+def _launch(weight: DeviceWeight, out: Tensor, row_scale: Tensor | None, units: tuple[float, ...]) -> None:
+    for pieces, unit in groups(weight, units):
         check(
             library().peregrine_dequantize(
                 ctypes.byref(pieces),
-                parts[at].units,
+                weight.parts[0].units,
                 weight.k,
                 8 * out.element_size(),
                 ctypes.c_void_p(out.data_ptr()),
                 ctypes.c_void_p(None if row_scale is None else row_scale.data_ptr()),
-                ctypes.c_float(units[at]),
-                _stream(),
+                ctypes.c_float(unit),
+                stream(),
             )
         )
-        at += pieces.count
+
+
+def stream() -> ctypes.c_void_p:
+    """The current stream."""
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
 
 
 def _segment(m: DeviceMatrix) -> _Segment:
     fields = (m.n, m.num_tiles, m.format.unit_bytes, DEVICE_FORMATS.index(m.format))
     return _Segment(m.data.data_ptr(), m.row_factor.data_ptr(), None, *fields)
-
-
-def _stream() -> ctypes.c_void_p:
-    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

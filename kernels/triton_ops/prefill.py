@@ -9,11 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill import BLOCK_TOKENS, FP8, Activations, Product, Tokens
+from kernels.prefill import (
+    BLOCK_TOKENS,
+    FP8,
+    UNIT_COLUMNS,
+    Activations,
+    Form,
+    Product,
+    Tokens,
+    padded_tokens,
+)
 from kernels.triton_ops.prefill_attention import attend
 from kernels.types import AttentionWeights
 
 __all__ = ["add", "attend", "gate", "normalize", "quantize", "rope_and_append"]
+_UNIT = tl.constexpr(UNIT_COLUMNS)
+_FORMS = {"bf16": 0, "fp8": 1, "tiled": 2}
 _HEADS = 16  # of a program of rope_append
 _VALUES_PER_WARP = 512  # of a row in registers: 16 floats a lane
 
@@ -28,11 +39,14 @@ def load_product(
     at,
     mask,
     width,
+    SPLITS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Columns `at` of a row of a product, float32."""
+    """Columns `at` of a row of a product, float32. Axis 0 of the grid is the rows."""
     value = tl.load(ptr + row * width + at, mask, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        value += tl.load(ptr + (split * tl.num_programs(0) + row) * width + at, mask, other=0.0)
     if HAS_SCALES:
         value *= tl.load(token_scale_ptr + row) * tl.load(row_scale_ptr + at, mask, other=0.0)
     if HAS_BIAS:
@@ -41,13 +55,21 @@ def load_product(
 
 
 @triton.jit
-def store_activations(value, row, at, mask, width, out_ptr, scale_ptr, TO_FP8: tl.constexpr):
-    """A whole row of a matrix's input."""
-    if TO_FP8:
+def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
+    """A whole row of a matrix's input; value is zero from `width` on. FORM: see _FORMS."""
+    if FORM > 0:
         largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-20)
         tl.store(scale_ptr + row, largest / 448.0)
         value *= 448.0 / largest
-    tl.store(out_ptr + row * width + at, value.to(out_ptr.dtype.element_ty), mask)
+    if FORM == 2:
+        place = (at & -32) | ((at >> 2 & 1) << 4) | ((at >> 3 & 3) << 2) | (at & 3)
+        piece = (place >> 4 & 7) ^ (row & 7)
+        to = ((place >> 7) * padded + row) * 128 + piece * 16 + (place & 15)
+        mask = at < (width + _UNIT - 1) // _UNIT * _UNIT
+    else:
+        to = row * width + at
+        mask = at < width
+    tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -61,14 +83,16 @@ def normalize_rows(
     norm_ptr,
     normed_ptr,  # e4m3 or bfloat16 [T, hidden], written
     scale_ptr,  # float32 [T], written
+    padded,
     eps,
     hidden,
+    SPLITS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_POST_NORM: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    TO_FP8: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -77,7 +101,17 @@ def normalize_rows(
     x = tl.load(x_ptr + row * hidden + at, mask, other=0.0)
     if HAS_OUT:
         out = load_product(
-            out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, row, at, mask, hidden, HAS_SCALES, HAS_BIAS
+            out_ptr,
+            token_scale_ptr,
+            row_scale_ptr,
+            bias_ptr,
+            row,
+            at,
+            mask,
+            hidden,
+            SPLITS,
+            HAS_SCALES,
+            HAS_BIAS,
         )
         if HAS_POST_NORM:
             out *= tl.rsqrt(tl.sum(out * out, axis=0) / hidden + eps)
@@ -87,16 +121,16 @@ def normalize_rows(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
         normed = x * scale * tl.load(norm_ptr + at, mask, other=0.0)
-        store_activations(normed, row, at, mask, hidden, normed_ptr, scale_ptr, TO_FP8)
+        store_activations(normed, row, at, hidden, normed_ptr, scale_ptr, padded, FORM)
 
 
 @triton.jit
-def quantize_rows(x_ptr, out_ptr, scale_ptr, width, BLOCK: tl.constexpr):
+def quantize_rows(x_ptr, out_ptr, scale_ptr, padded, width, FORM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
     x = tl.load(x_ptr + row * width + at, mask, other=0.0).to(tl.float32)
-    store_activations(x, row, at, mask, width, out_ptr, scale_ptr, True)
+    store_activations(x, row, at, width, out_ptr, scale_ptr, padded, FORM)
 
 
 @triton.jit
@@ -107,11 +141,13 @@ def gate_rows(
     bias_ptr,
     out_ptr,  # e4m3 or bfloat16 [T, ffn], written
     scale_ptr,  # float32 [T], written
+    padded,
     ffn,
+    SPLITS: tl.constexpr,
     IS_SILU: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TO_FP8: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -119,7 +155,17 @@ def gate_rows(
     mask = at < ffn
     width = 2 * ffn
     gate = load_product(
-        gate_up_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, row, at, mask, width, HAS_SCALES, HAS_BIAS
+        gate_up_ptr,
+        token_scale_ptr,
+        row_scale_ptr,
+        bias_ptr,
+        row,
+        at,
+        mask,
+        width,
+        SPLITS,
+        HAS_SCALES,
+        HAS_BIAS,
     )
     up = load_product(
         gate_up_ptr,
@@ -130,12 +176,13 @@ def gate_rows(
         at + ffn,
         mask,
         width,
+        SPLITS,
         HAS_SCALES,
         HAS_BIAS,
     )
     # gelu in its tanh form is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
     inner = gate if IS_SILU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    store_activations(gate * tl.sigmoid(inner) * up, row, at, mask, ffn, out_ptr, scale_ptr, TO_FP8)
+    store_activations(gate * tl.sigmoid(inner) * up, row, at, ffn, out_ptr, scale_ptr, padded, FORM)
 
 
 @triton.jit
@@ -158,6 +205,7 @@ def rope_append(
     table_stride,
     num_heads,
     num_kv_heads,
+    SPLITS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -175,10 +223,30 @@ def rope_append(
     mask = (head < all_heads) & (half < HALF)
     width = all_heads * DIM
     first = load_product(
-        qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, token, at, mask, width, HAS_SCALES, HAS_BIAS
+        qkv_ptr,
+        token_scale_ptr,
+        row_scale_ptr,
+        bias_ptr,
+        token,
+        at,
+        mask,
+        width,
+        SPLITS,
+        HAS_SCALES,
+        HAS_BIAS,
     )
     second = load_product(
-        qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, token, at + HALF, mask, width, HAS_SCALES, HAS_BIAS
+        qkv_ptr,
+        token_scale_ptr,
+        row_scale_ptr,
+        bias_ptr,
+        token,
+        at + HALF,
+        mask,
+        width,
+        SPLITS,
+        HAS_SCALES,
+        HAS_BIAS,
     )
     is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
     is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
@@ -211,49 +279,55 @@ def rope_append(
         tl.store(v_cache_ptr + to_cache + HALF, right, mask & is_value)
 
 
-def quantize(x: Tensor) -> Activations:
-    """See `kernels.prefill.quantize`."""
+def quantize(x: Tensor, form: Form) -> Activations:
+    """See `kernels.prefill.quantize`; x: bfloat16."""
+    if form == "bf16":
+        return Activations(x)
     num_tokens, width = x.shape
-    out = _outputs(num_tokens, width, True, x.device)
+    out = _outputs(num_tokens, width, form, x.device)
     block, warps = _row(width)
-    quantize_rows[(num_tokens,)](x, out.values, out.scale, width, block, num_warps=warps)
+    quantize_rows[(num_tokens,)](
+        x, out.values, out.scale, padded_tokens(num_tokens), width, _FORMS[form], block, num_warps=warps
+    )
     return out
 
 
 def add(x: Tensor, out: Product, bias: Tensor | None, post_norm: Tensor | None, eps: float) -> None:
     """See `kernels.prefill.add`."""
-    _normalize(x, None, eps, None, out, bias, post_norm)
+    _normalize(x, None, eps, "bf16", Activations(x), out, bias, post_norm)
 
 
 def normalize(
     x: Tensor,
     norm: Tensor,
     eps: float,
-    to_fp8: bool,
+    form: Form,
     out: Product | None = None,
     bias: Tensor | None = None,
     post_norm: Tensor | None = None,
 ) -> Activations:
     """See `kernels.prefill.normalize`."""
-    normed = _outputs(len(x), x.shape[1], to_fp8, x.device)
-    _normalize(x, norm, eps, normed, out, bias, post_norm)
+    normed = _outputs(len(x), x.shape[1], form, x.device)
+    _normalize(x, norm, eps, form, normed, out, bias, post_norm)
     return normed
 
 
-def gate(gate_up: Product, bias: Tensor | None, activation: str, to_fp8: bool) -> Activations:
+def gate(gate_up: Product, bias: Tensor | None, activation: str, form: Form) -> Activations:
     """See `kernels.prefill.gate`."""
-    num_tokens, width = gate_up.values.shape
-    out = _outputs(num_tokens, width // 2, to_fp8, gate_up.values.device)
+    num_tokens, width = gate_up.values.shape[-2:]
+    out = _outputs(num_tokens, width // 2, form, gate_up.values.device)
     block, warps = _row(width // 2)
     gate_rows[(num_tokens,)](
         *_operands(gate_up, bias),
         out.values,
         out.scale,
+        padded_tokens(num_tokens),
         width // 2,
+        _num_splits(gate_up),
         activation == "silu",
         gate_up.row_scale is not None,
         bias is not None,
-        to_fp8,
+        _FORMS[form],
         block,
         num_warps=warps,
     )
@@ -264,7 +338,7 @@ def rope_and_append(
     qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens
 ) -> Tensor:
     """See `kernels.prefill.rope_and_append`."""
-    num_tokens = len(qkv.values)
+    num_tokens = qkv.values.shape[-2]
     query = torch.empty(num_tokens, w.num_heads, w.head_dim, dtype=torch.bfloat16, device=qkv.values.device)
     rope_append[(num_tokens, triton.cdiv(w.num_heads + 2 * w.num_kv_heads, _HEADS))](
         *_operands(qkv, w.qkv_bias),
@@ -281,6 +355,7 @@ def rope_and_append(
         tokens.block_table.stride(0),
         w.num_heads,
         w.num_kv_heads,
+        _num_splits(qkv),
         w.head_dim,
         BLOCK_TOKENS,
         _HEADS,
@@ -297,7 +372,8 @@ def _normalize(
     x: Tensor,
     norm: Tensor | None,
     eps: float,
-    normed: Activations | None,
+    form: Form,
+    normed: Activations,
     out: Product | None,
     bias: Tensor | None,
     post_norm: Tensor | None,
@@ -308,31 +384,41 @@ def _normalize(
         *((None,) * 4 if out is None else _operands(out, bias)),
         post_norm,
         norm,
-        None if normed is None else normed.values,
-        None if normed is None else normed.scale,
+        normed.values,
+        normed.scale,
+        padded_tokens(len(x)),
         eps,
         x.shape[1],
+        1 if out is None else _num_splits(out),
         out is not None,
         out is not None and out.row_scale is not None,
         bias is not None,
         post_norm is not None,
         norm is not None,
-        normed is not None and normed.scale is not None,
+        _FORMS[form],
         block,
         num_warps=warps,
     )
+
+
+def _num_splits(product: Product) -> int:
+    return 1 if product.values.dim() == 2 else len(product.values)
 
 
 def _operands(product: Product, bias: Tensor | None) -> tuple[Tensor | None, ...]:
     return product.values, product.token_scale, product.row_scale, bias
 
 
-def _outputs(num_tokens: int, width: int, to_fp8: bool, device: torch.device) -> Activations:
-    values = torch.empty(num_tokens, width, dtype=FP8 if to_fp8 else torch.bfloat16, device=device)
-    return Activations(values, torch.empty(num_tokens, device=device) if to_fp8 else None)
+def _outputs(num_tokens: int, width: int, form: Form, device: torch.device) -> Activations:
+    if form == "bf16":
+        return Activations(torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device))
+    shape: tuple[int, ...] = num_tokens, width
+    if form == "tiled":
+        shape = 2 * triton.cdiv(width, UNIT_COLUMNS), padded_tokens(num_tokens), 128
+    return Activations(torch.empty(shape, dtype=FP8, device=device), torch.empty(num_tokens, device=device))
 
 
 def _row(width: int) -> tuple[int, int]:
     """Columns and warps of a program that holds a row."""
-    block = triton.next_power_of_2(width)
+    block = max(UNIT_COLUMNS, triton.next_power_of_2(width))
     return block, max(4, min(32, block // _VALUES_PER_WARP))

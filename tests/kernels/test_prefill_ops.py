@@ -31,8 +31,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def product(tokens: int, width: int, has_scales: bool, seed: int = 0) -> Product:
+def product(tokens: int, width: int, has_scales: bool, seed: int = 0, splits: int = 1) -> Product:
     values = randn(tokens, width, seed=seed)
+    if splits > 1:
+        return Product(randn(splits, tokens, width, seed=seed))
     if not has_scales:
         return Product(values.bfloat16())
     scales = randn(tokens, seed=seed + 1).abs() + 0.1, randn(width, seed=seed + 2).abs() + 0.1
@@ -43,10 +45,15 @@ def check(got: Activations, expected: Activations) -> None:
     """The values they stand for; both round to nearest, but sums run in another order."""
     assert got.values.dtype == expected.values.dtype
     assert (got.scale is None) == (expected.scale is None)
-    values = [a.values.float() * (1 if a.scale is None else a.scale.unsqueeze(1)) for a in (got, expected)]
-    if got.scale is None:
-        assert relative_error(*values) < BF16
+    if got.scale is None or expected.scale is None:
+        torch.testing.assert_close(got.values, expected.values, rtol=BF16, atol=1e-4)
         return
+    num_tokens = len(got.scale)
+    if got.values.dim() == 3:  # lines of 128 columns; nothing is said of the padding tokens
+        lines = [a.values[:, :num_tokens].float() for a in (got, expected)]
+        values = [a * s.unsqueeze(1) for a, s in zip(lines, (got.scale, expected.scale), strict=True)]
+    else:
+        values = [a.values.float() * a.scale.unsqueeze(1) for a in (got, expected)]
     torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0)
     off = (values[0] - values[1]).abs()
     # Triton's interpreter halves what rounds up to a power of two, about every twentieth value.
@@ -58,18 +65,20 @@ def check(got: Activations, expected: Activations) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("hidden", [64, 416])
-@pytest.mark.parametrize("to_fp8", [False, True])
-@pytest.mark.parametrize("extras", ["nothing", "product", "scales", "bias", "post_norm"])
-def test_normalize(tokens, hidden, to_fp8, extras):
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
+@pytest.mark.parametrize("extras", ["nothing", "product", "scales", "splits", "bias", "post_norm"])
+def test_normalize(tokens, hidden, form, extras):
     x, norm, options = randn(tokens, hidden) * 3, randn(hidden, seed=1), {}
     if extras != "nothing":
-        options["out"] = product(tokens, hidden, extras == "scales", seed=2)
+        options["out"] = product(
+            tokens, hidden, extras == "scales", seed=2, splits=3 if extras == "splits" else 1
+        )
         options["bias"] = randn(hidden, seed=6) if extras in ("bias", "post_norm") else None
         options["post_norm"] = randn(hidden, seed=7) if extras == "post_norm" else None
     streams = x.clone(), x.clone()
     check(
-        triton_prefill.normalize(streams[0], norm, 1e-5, to_fp8, **options),
-        prefill.normalize(streams[1], norm, 1e-5, to_fp8, **options),
+        triton_prefill.normalize(streams[0], norm, 1e-5, form, **options),
+        prefill.normalize(streams[1], norm, 1e-5, form, **options),
     )
     torch.testing.assert_close(*streams, rtol=1e-5, atol=1e-5)
     assert torch.equal(streams[0], x) == (extras == "nothing")
@@ -88,20 +97,21 @@ def test_add(has_extras):
 @pytest.mark.parametrize(
     "x", [randn(4, 80) * 100, torch.zeros(2, 80, device=DEVICE)], ids=["random", "zeros"]
 )
-def test_quantize(x):
-    got = triton_prefill.quantize(x.bfloat16())
-    check(got, prefill.quantize(x.bfloat16()))
-    if x.any():
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
+def test_quantize(x, form):
+    got = triton_prefill.quantize(x.bfloat16(), form)
+    check(got, prefill.quantize(x.bfloat16(), form))
+    if form == "fp8" and x.any():
         assert float(got.values.float().abs().amax(dim=1).min()) == 448
 
 
 @pytest.mark.parametrize("ffn", [32, 416])
-@pytest.mark.parametrize("to_fp8", [False, True])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
 @pytest.mark.parametrize("has_extras", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gate(ffn, to_fp8, has_extras, activation):
+def test_gate(ffn, form, has_extras, activation):
     both, bias = product(3, 2 * ffn, has_extras), randn(2 * ffn, seed=5) if has_extras else None
-    check(triton_prefill.gate(both, bias, activation, to_fp8), prefill.gate(both, bias, activation, to_fp8))
+    check(triton_prefill.gate(both, bias, activation, form), prefill.gate(both, bias, activation, form))
 
 
 CHUNKS = [
@@ -180,6 +190,19 @@ def test_attend(chunks, tile, heads, kv_heads, dim, window):
         query[:count].float(), keys, caches[1].nan_to_num(), metadata, w.scale, window
     )
     assert relative_error(expected[:count], plain.flatten(1)) < BF16
+
+
+def test_tiles_hold_every_value_once():
+    values = torch.arange(256, dtype=torch.uint8).repeat(70, 2)[:, :300] + torch.arange(70).unsqueeze(1)
+    values = values.to(torch.uint8)
+    lines = prefill.tiled(values.view(prefill.FP8)).view(torch.uint8)
+    assert lines.shape == (4, 128, 128)
+    for t, c in ((0, 0), (69, 299), (13, 45), (7, 130), (64, 255)):
+        line, h, q, b, outer = c // 128, c // 4 % 2, c // 8 % 4, c % 4, c % 128 // 32
+        place = 32 * outer + 16 * h + 4 * q + b
+        assert lines[line, t, (place // 16 ^ t % 8) * 16 + place % 16] == values[t, c]
+    assert not lines[2].view(128, 8, 16)[0, 4:].any()  # token 0, from column 320 on
+    assert not lines[3].any()
 
 
 def test_products_know_their_scales():

@@ -1,16 +1,8 @@
 // Ops over whole matrices in fragment order: rows of an embedding table, and dequantized matrices.
 #include <cuda_bf16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
-#include "units.cuh"
-
-// Up to three matrices of one format and K, one below the other in the dense matrix.
-struct Pieces {
-  Segment segments[3];
-  int32_t first_rows[3];  // of the dense matrix
-  int32_t count;
-};
+#include "values.cuh"
 
 namespace {
 
@@ -62,39 +54,27 @@ __global__ void embed(Segment table, int units, int k, const int* token_ids, flo
 }
 
 // Eight neighbouring values of a row, stored at once.
-__device__ __forceinline__ void store8(__nv_fp8_e4m3* to, const float2 (&v)[4]) {
-  uint32_t w[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    w[i] = __nv_cvt_float2_to_fp8x2(v[2 * i], __NV_SATFINITE, __NV_E4M3) |
-           static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(v[2 * i + 1], __NV_SATFINITE, __NV_E4M3)) << 16;
-  *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
+__device__ __forceinline__ void store8(__nv_fp8_e4m3* to, float4 a, float4 b) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(to_e4m3(a), to_e4m3(b));
 }
 
-__device__ __forceinline__ void store8(__nv_bfloat16* to, const float2 (&v)[4]) {
+__device__ __forceinline__ void store8(__nv_bfloat16* to, float4 a, float4 b) {
+  const float2 v[4] = {{a.x, a.y}, {a.z, a.w}, {b.x, b.y}, {b.z, b.w}};
   __nv_bfloat162 w[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) w[i] = __float22bfloat162_rn(v[i]);
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(w);
 }
 
-__device__ __forceinline__ void store8(float* to, const float2 (&v)[4]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    reinterpret_cast<float4*>(to)[i] = make_float4(v[2 * i].x, v[2 * i].y, v[2 * i + 1].x, v[2 * i + 1].y);
+__device__ __forceinline__ void store8(float* to, float4 a, float4 b) {
+  reinterpret_cast<float4*>(to)[0] = a, reinterpret_cast<float4*>(to)[1] = b;
 }
 
-constexpr int log2_of(int v) { return v <= 1 ? 0 : 1 + log2_of(v / 2); }
-
 // out [rows, k] of 8, 16 or 32 bits a value; one warp a unit. A lane stores 8 columns at a time, four lanes a sector.
-//
-// With 8 bits a value is W / (row_factor * unit), and row_scale [rows] becomes row_factor * unit. A code c, moved to the
-// high bits of its byte, becomes the float 2^15 + c by its bits. scale * (2^15 + c) - scale * (2^15 + zero) is one
-// fused multiply-add, and exact where `scale` is a byte times a power of two.
+// With 8 bits a value is W / (row_factor * unit), and row_scale [rows] becomes row_factor * unit.
 template <class F, class T>
 __global__ void __launch_bounds__(256)
     dequantize(Pieces pieces, int units, int k, T* out, float* row_scale, float unit, float inverse_unit) {
-  constexpr float kRaised = 32768.0f;
   const int index = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32, at = index % units;
   int tile = index / units, piece = 0;
   while (piece < pieces.count && tile >= pieces.segments[piece].num_tiles) tile -= pieces.segments[piece++].num_tiles;
@@ -106,7 +86,7 @@ __global__ void __launch_bounds__(256)
   for (int pair = 0; pair < 2; ++pair)
     load_codes<F::kBits>([&](int n) { return __ldcs(reinterpret_cast<const uint4*>(data + n)); },
                          [&](int n) { return __ldcs(reinterpret_cast<const uint2*>(data + n)); }, pair, lane, codes[pair]);
-  constexpr int kWords = F::kNumGroups * (F::kAffine ? 2 : 1);
+  constexpr int kWords = kParameterWords<F>;
   uint32_t params[kWords] = {};
   const int row = lane / 4;
   if constexpr (!F::kSigned) {
@@ -123,32 +103,13 @@ __global__ void __launch_bounds__(256)
     const float row_factor = matrix.row_factor[n], factor = sizeof(T) == 1 ? inverse_unit : row_factor;
     if (sizeof(T) == 1 && at == 0 && lane % 4 == 0) row_scale[to_row] = row_factor * unit;
     T* to = out + to_row * k + at * kUnitColumns + 8 * (lane % 4);
-    constexpr int kSecondShift = log2_of(kSecondRowFactor<F::kBits>);
-    const int up = 8 - F::kBits - (r8 == 0 ? 0 : kSecondShift);
     constexpr int kSteps = F::kGroup == 0 ? 8 : F::kGroup / 32;
-    float scale = factor, offset = factor * -(kRaised + 128);
+    Line line{};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (i % kSteps == 0) {
-        if constexpr (F::kAffine) {
-          const float2 v = __half22float2(reinterpret_cast<const __half2*>(params)[2 * (i / kSteps) + r8]);
-          scale = factor * v.x * (1.0f / (1 << (8 - F::kBits))), offset = fmaf(factor, v.y, -kRaised * scale);
-        } else if constexpr (!F::kSigned) {
-          const uint32_t v = params[i / kSteps];
-          scale = factor * byte_to_float(v, 2 * r8), offset = -scale * (kRaised + byte_to_float(v, 2 * r8 + 1));
-        }
-      }
-      float2 v[4];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t word = (codes[i / 4][i % 4][2 * h + r8] << up) ^ (F::kSigned ? 0x80808080u : 0u);
-        float c[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          c[j] = fmaf(__uint_as_float(__byte_perm(word, 0x47000000u, 0x7404 | j << 4)), scale, offset);
-        v[2 * h] = make_float2(c[0], c[1]), v[2 * h + 1] = make_float2(c[2], c[3]);
-      }
-      if (i < steps) store8(to + 32 * i, v);
+      if (i % kSteps == 0) line = line_of<F>(params, i / kSteps, r8, factor);
+      const uint32_t* words = codes[i / 4][i % 4];
+      if (i < steps) store8(to + 32 * i, values_of<F>(words[r8], r8, line), values_of<F>(words[2 + r8], r8, line));
     }
   }
 }
