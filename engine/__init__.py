@@ -20,8 +20,10 @@ from engine.outputs import (
     TokenLogprob,
 )
 from engine.sampling_params import SamplingParams
+from engine.urgency import MAX_PRIORITY, Urgency
 
 __all__ = [
+    "MAX_PRIORITY",
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
@@ -38,4 +40,5 @@ __all__ = [
     "RequestTimings",
     "SamplingParams",
     "TokenLogprob",
+    "Urgency",
 ]

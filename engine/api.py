@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
 from engine.sampling_params import SamplingParams
+from engine.urgency import NOT_URGENT, Urgency
 
 
 class InferenceEngine(Protocol):
@@ -36,11 +37,13 @@ class InferenceEngine(Protocol):
         *,
         request_id: str,
         arrival_time: float | None = None,
+        urgency: Urgency = NOT_URGENT,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the deltas of all `params.n` choices (interleaved; `index` tells them apart).
 
         Ends after every choice sent its `finish_reason`. Closing the iterator (`aclose`, cancellation)
-        aborts the request. `arrival_time` is time.monotonic() at the server's door.
+        aborts the request. `arrival_time` is time.monotonic() at the server's door. `urgency` decides who
+        starts first and who gives way.
 
         Raises:
             PromptTooLongError, ParameterError: before the first output.

@@ -26,6 +26,7 @@ from engine.output_processor import OutputProcessor
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
+from engine.urgency import NOT_URGENT, Urgency
 
 # Below this, encoding takes less time (about 1 ms) than the trip to a thread under load is worth.
 _INLINE_TOKENIZE_CHARS = 4_000
@@ -96,6 +97,7 @@ class AsyncEngine:
         *,
         request_id: str,
         arrival_time: float | None = None,
+        urgency: Urgency = NOT_URGENT,
     ) -> AsyncGenerator[RequestOutput, None]:
         """See `InferenceEngine.generate`.
 
@@ -109,7 +111,7 @@ class AsyncEngine:
         self._sequences[request_id] = set()
         num_open = params.n
         try:
-            self._submit(request_id, 0, prompt, params, arrival, stream)
+            self._submit(request_id, 0, prompt, params, arrival, urgency, stream)
             has_siblings = params.n == 1
             while num_open:
                 output = await stream.get()
@@ -120,7 +122,7 @@ class AsyncEngine:
                         num_open = 1  # the others never began
                     has_siblings = True
                     for index in range(1, num_open):
-                        self._submit(request_id, index, prompt, params, arrival, stream)
+                        self._submit(request_id, index, prompt, params, arrival, urgency, stream)
                 num_open -= output.finish_reason is not None
                 yield output
         finally:
@@ -185,6 +187,7 @@ class AsyncEngine:
         prompt: tuple[int, ...],
         params: SamplingParams,
         arrival: float,
+        urgency: Urgency,
         stream: asyncio.Queue[_StreamItem],
     ) -> None:
         sequence_id = f"{request_id}#{index}"
@@ -201,7 +204,7 @@ class AsyncEngine:
             stream.put_nowait(output)
 
         self._processor.add(sequence_id, request_id, index, prompt, own, arrival, deliver)
-        self._carrier.send(AddRequest(sequence_id, prompt, own, arrival))
+        self._carrier.send(AddRequest(sequence_id, prompt, own, arrival, urgency))
 
     def _drop(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

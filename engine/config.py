@@ -28,6 +28,8 @@ class EngineConfig:
         token_budget: most tokens computed in one step (decode tokens first, then prompt chunks). It bounds
             how long a prompt holds up the streams beside it. None takes 128 on the CPU (about 0.1 s for a
             135M model on two cores, and larger chunks gain nothing there), 2,048 on a GPU.
+        step_target_s: what a step with running streams should take: prompt chunks beside them are as large as
+            this allows by measured durations. None: as large as the token budget allows.
         enable_prefix_caching: reuse blocks of equal prompt prefixes.
         speculative_tokens: most tokens drafted for one request in a step (what followed its last tokens when
             they occurred before) and verified together; outputs are the same with and without. It is a
@@ -50,6 +52,7 @@ class EngineConfig:
     num_blocks: int | None = None
     max_num_seqs: int = 64
     token_budget: int | None = None
+    step_target_s: float | None = None
     enable_prefix_caching: bool = True
     speculative_tokens: int | None = None
     num_threads: int | None = None
@@ -70,6 +73,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ParameterError(name, f"must be at least 1, got {value}")
+        if self.step_target_s is not None and not self.step_target_s > 0:
+            raise ParameterError("step_target_s", f"must be above 0, got {self.step_target_s}")
         if self.speculative_tokens is not None and self.speculative_tokens < 0:
             raise ParameterError("speculative_tokens", f"must be at least 0, got {self.speculative_tokens}")
         if self.token_budget is not None and self.token_budget < self.max_num_seqs:

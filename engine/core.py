@@ -9,6 +9,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs, TokenOutput
 from engine.model_runner import Runner, StepResult, create_runner
 from engine.outputs import EngineStats, ModelInfo
+from engine.pacing import PrefillPacer
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler, SchedulerOutput
@@ -36,6 +37,7 @@ class EngineCore:
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
+            pacer=PrefillPacer(config.step_target_s),
         )
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
@@ -44,6 +46,7 @@ class EngineCore:
         self._total_cached_tokens = 0
         self._total_output_tokens = 0
         self._last_step_s = 0.0
+        self._last_plan: SchedulerOutput | None = None  # of the step that was taken in last
 
     @property
     def model(self) -> ModelInfo:
@@ -64,6 +67,7 @@ class EngineCore:
             message.params,
             max_model_len=self.runner.max_model_len,
             arrival_time=message.arrival_time,
+            urgency=message.urgency,
         )
         self.scheduler.add_request(request)
 
@@ -88,6 +92,9 @@ class EngineCore:
         end = time.monotonic()
         self._total_steps += 1
         self._last_step_s = end - start
+        if self._last_plan is not None:
+            # With a step in flight, a call takes as long as the step whose results it waits for.
+            self.scheduler.observe(self._last_plan, self._last_step_s)
         return StepOutputs(end, tuple(outputs), self.stats())
 
     def _step_ahead(self) -> list[TokenOutput]:
@@ -124,6 +131,7 @@ class EngineCore:
         return plan
 
     def _update(self, plan: SchedulerOutput, result: StepResult) -> list[TokenOutput]:
+        self._last_plan = plan
         self._collect_prompt_logprobs(plan, result)
         sampled = {k: [t.token_id for t in tokens] for k, tokens in result.sampled.items()}
         outputs: list[TokenOutput] = []

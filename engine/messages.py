@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.outputs import EngineStats, FinishReason, ModelInfo
 from engine.sampling_params import SamplingParams
+from engine.urgency import NOT_URGENT, Urgency
 
 RawLogprobs = tuple[tuple[int, float], ...]
 """(token id, logprob) pairs of one position: the token itself first, then the alternatives, best first."""
@@ -17,6 +18,7 @@ class AddRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival_time: float
+    urgency: Urgency = NOT_URGENT
 
 
 @dataclass(frozen=True, slots=True)

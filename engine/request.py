@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.outputs import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.speculation import Drafter
+from engine.urgency import NOT_URGENT, Urgency
 
 
 class RequestStatus(enum.Enum):
@@ -45,6 +46,7 @@ class Request:
 
     __slots__ = (
         "all_token_ids",
+        "arrival_number",
         "arrival_time",
         "block_hashes",
         "block_ids",
@@ -61,6 +63,7 @@ class Request:
         "seed",
         "status",
         "stop_reason",
+        "urgency",
     )
 
     def __init__(
@@ -71,11 +74,14 @@ class Request:
         *,
         max_model_len: int,
         arrival_time: float = 0.0,
+        urgency: Urgency = NOT_URGENT,
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.seed = params.seed if params.seed is not None else random.getrandbits(64)
         self.arrival_time = arrival_time
+        self.arrival_number = 0  # the scheduler's
+        self.urgency = urgency
         self.all_token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.all_token_ids)
         self.num_computed_tokens = 0
@@ -110,6 +116,11 @@ class Request:
     def num_missing_tokens(self) -> int:
         """Tokens known or pending, but not yet in the KV cache: 1 while decoding."""
         return len(self.all_token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def turn(self) -> tuple[float, int]:
+        """Whose turn it is: earliest deadline first, in order of arrival among equals."""
+        return self.urgency.deadline, self.arrival_number
 
     @property
     def is_decoding(self) -> bool:

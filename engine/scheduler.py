@@ -1,11 +1,14 @@
 """Continuous batching: who computes how many tokens in the next step. Pure Python."""
 
+import heapq
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.kv_cache_manager import KVCacheManager
+from engine.pacing import PrefillPacer
 from engine.request import Request, RequestStatus
 from engine.speculation import Drafter, DraftPolicy
 
@@ -41,7 +44,7 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step's work. Decodes come first, then prefill chunks in order of arrival."""
+    """One step's work. Decodes come first, then prefill chunks in their turn (earliest deadline first)."""
 
     scheduled: tuple[ScheduledRequest, ...]
     preempted_ids: tuple[str, ...] = ()
@@ -50,15 +53,29 @@ class SchedulerOutput:
     def num_tokens(self) -> int:
         return sum(s.num_scheduled_tokens for s in self.scheduled)
 
+    @property
+    def num_decodes(self) -> int:
+        """Parts that only decode: one token, and perhaps drafts."""
+        return sum(s.num_scheduled_tokens == 1 + len(s.draft_token_ids) for s in self.scheduled)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        own = (s.num_scheduled_tokens - len(s.draft_token_ids) for s in self.scheduled)
+        return sum(n for n in own if n > 1)
+
 
 class Scheduler:
-    """One token budget a step, spent on RUNNING requests first (decodes, then chunks), then on WAITING ones.
+    """One token budget a step, spent on decodes first, then on prompts: earliest deadline first.
 
-    A request that finds no room for its next tokens preempts the youngest running request, which gives
-    up its blocks and computes its tokens again later (most of them usually come back as a prefix hit).
-    Waiting requests are taken in order of arrival, preempted ones before all others; nothing overtakes,
-    so none starves. Every request is promised that it fits into the cache alone: `max_model_len` may
-    not exceed the cache's capacity.
+    Requests without a deadline come after those with one, in order of arrival; so do equals. Running prefills
+    and waiting requests take turns together, so that an urgent prompt does not wait behind the rest of a
+    long one. Among waiting requests nothing overtakes: one that finds no room holds up those behind it.
+
+    A request that finds no room for its next tokens preempts the youngest running request of the largest
+    priority number; it gives up its blocks and computes its tokens again later (most of them usually come
+    back as a prefix hit). A waiting request preempts as well, but only those of a larger number than its
+    own. Every request is promised that it fits into the cache alone: `max_model_len` may not exceed the
+    cache's capacity.
 
     Drafts come last: they displace no decode, at most half of the prompt tokens, and nobody's blocks.
 
@@ -77,6 +94,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
         draft_policy: DraftPolicy | None = None,
+        pacer: PrefillPacer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_model_len > kv_cache.capacity_tokens:
@@ -91,7 +109,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.requests: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []  # in their turn
         self.running: list[Request] = []  # in order of first scheduling: the youngest is last
         self.total_preemptions = 0
         self.total_drafts = 0
@@ -99,7 +117,9 @@ class Scheduler:
         self.total_accepted_tokens = 0
         self._in_flight: deque[SchedulerOutput] = deque()
         self._draft_policy = draft_policy if draft_policy and draft_policy.max_tokens > 0 else None
+        self._pacer = pacer or PrefillPacer(None)
         self._clock = clock
+        self._num_arrivals = 0
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +136,9 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self._num_arrivals += 1
+        request.arrival_number = self._num_arrivals
+        self._wait(request)
 
     def finish_request(self, request_id: str, status: RequestStatus) -> Request | None:
         """End a request in any state and free all it holds; None when the id is unknown (idempotent)."""
@@ -138,9 +160,9 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         preempted: list[str] = []
 
-        # Decodes before chunks, each group in order of age. A victim of preemption is always younger
-        # than the one that needs room, but it may have been scheduled already if it decodes.
-        for request in sorted(self.running, key=lambda r: not r.is_decoding):
+        # A victim of preemption may have been scheduled already.
+        decoding = [r for r in self.running if r.is_decoding]
+        for request in decoding:
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
             if request.num_pending_tokens and self._num_remaining(request) <= 0:
@@ -149,24 +171,36 @@ class Scheduler:
             if self._make_room(request, num_tokens, preempted):
                 scheduled.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
                 budget -= num_tokens
+
+        budget = self._pacer.max_prompt_tokens(len(scheduled), budget)
+        prefills = sorted((r for r in self.running if not r.is_decoding), key=_turn)
+        # Who gave way a moment ago would take the room back.
+        may_start = not preempted
+        for request in list(heapq.merge(prefills, self.waiting, key=_turn)):
+            if budget == 0:
+                break
+            if request.status is RequestStatus.RUNNING:
+                num_tokens = min(request.num_missing_tokens, budget)
+                if self._make_room(request, num_tokens, preempted):
+                    scheduled.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
+                    budget -= num_tokens
+                may_start = may_start and not preempted
+            elif may_start:
+                part = self._try_to_start(request, budget, preempted)
+                may_start = part is not None and not preempted
+                if part is not None:
+                    scheduled.append(part)
+                    budget -= part.num_scheduled_tokens
         if preempted:
             kept = [s for s in scheduled if s.request.status is RequestStatus.RUNNING]
             return SchedulerOutput(tuple(kept), tuple(preempted))
-
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            hit = self.kv_cache.get_computed_blocks(request)
-            num_hit_tokens = len(hit) * self.kv_cache.block_size
-            num_tokens = min(request.num_tokens - num_hit_tokens, budget)
-            if not self.kv_cache.allocate_slots(request, num_tokens, hit):
-                break
-            self.waiting.popleft()
-            self._start(request, num_hit_tokens)
-            scheduled.append(ScheduledRequest(request, num_hit_tokens, num_tokens))
-            budget -= num_tokens
         if drafts:
             scheduled = [self._with_drafts(s, drafts.get(s.request.request_id, ())) for s in scheduled]
         return SchedulerOutput(tuple(scheduled))
+
+    def observe(self, output: SchedulerOutput, seconds: float) -> None:
+        """A step took so long: the next prompt chunks are sized by it."""
+        self._pacer.observe(output.num_decodes, output.num_prompt_tokens, seconds)
 
     def run_ahead(self, output: SchedulerOutput) -> None:
         """The step was launched: go on planning before `update` takes its results in."""
@@ -292,14 +326,41 @@ class Scheduler:
         self.kv_cache.allocate_slots(request, num_tokens)
         return replace(part, num_scheduled_tokens=num_tokens, draft_token_ids=drafts)
 
+    def _try_to_start(self, request: Request, budget: int, preempted: list[str]) -> ScheduledRequest | None:
+        """Start a waiting request's first chunk, at the cost of less important ones if need be."""
+        while True:
+            hit = self.kv_cache.get_computed_blocks(request)
+            num_hit_tokens = len(hit) * self.kv_cache.block_size
+            num_tokens = min(request.num_tokens - num_hit_tokens, budget)
+            if len(self.running) < self.max_num_seqs and self.kv_cache.allocate_slots(
+                request, num_tokens, hit
+            ):
+                break
+            victims = [r for r in self.running if r.urgency.priority > request.urgency.priority]
+            held = sum(len(r.block_ids) for r in victims)
+            wanted = -(-num_tokens // self.kv_cache.block_size)
+            if not victims or wanted > self.kv_cache.pool.num_free_blocks + held:
+                return None  # nobody gives way in vain
+            self._preempt_next(preempted)
+        self.waiting.remove(request)
+        self._start(request, num_hit_tokens)
+        return ScheduledRequest(request, num_hit_tokens, num_tokens)
+
     def _make_room(self, request: Request, num_tokens: int, preempted: list[str]) -> bool:
         while not self.kv_cache.allocate_slots(request, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            preempted.append(victim.request_id)
-            if victim is request:
+            if self._preempt_next(preempted) is request:
                 return False
         return True
+
+    def _preempt_next(self, preempted: list[str]) -> Request:
+        """The youngest of the largest priority number gives way."""
+        victim = max(reversed(self.running), key=lambda r: r.urgency.priority)
+        self._preempt(victim)
+        preempted.append(victim.request_id)
+        return victim
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=_turn)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -307,7 +368,7 @@ class Scheduler:
         request.num_computed_tokens = request.num_pending_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
-        self.waiting.appendleft(request)
+        self._wait(request)
         self.total_preemptions += 1
 
     def _start(self, request: Request, num_hit_tokens: int) -> None:
@@ -317,3 +378,7 @@ class Scheduler:
             request.num_cached_tokens = num_hit_tokens
         request.status = RequestStatus.RUNNING
         self.running.append(request)
+
+
+def _turn(request: Request) -> tuple[float, int]:
+    return request.turn

@@ -226,11 +226,11 @@ class PhaseList:
         self.max_units = max(self.max_units, m.units)
         before, after = _Phase.from_buffer_copy(phase), _Phase.from_buffer_copy(phase)
         before.matmul.kind, after.matmul.source = _PREPARE, _PREPARED
-        own = [p.matmul for p in (phase, before, after)]
-        self._note(own, "x_marks", x)
-        self._note(own, "delta_marks", delta)
-        self._note(own, "stream_marks", stream, is_written=True)
-        self._note(own, "out_marks", out, is_written=True)
+        matmuls = [p.matmul for p in (phase, before, after)]
+        self._note(matmuls, "x_marks", x)
+        self._note(matmuls, "delta_marks", delta)
+        self._note(matmuls, "stream_marks", stream, is_written=True)
+        self._note(matmuls, "out_marks", out, is_written=True)
         self.direct.append(phase)
         self.prepared += [before, after]
 

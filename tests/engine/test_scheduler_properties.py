@@ -1,5 +1,6 @@
 """Random arrivals, lengths, aborts, drafts and pool sizes: nothing leaks, starves or is lost."""
 
+import math
 from collections import Counter
 
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy, num_kept
+from engine.urgency import Urgency
 
 BLOCK_SIZE = 4
 
@@ -45,6 +47,7 @@ def workloads(draw: st.DrawFn) -> dict:
                 st.integers(1, 40),  # output length
                 st.integers(0, 2),  # prompts of one family share a prefix
                 st.none() | st.integers(0, 40),  # step of an abort
+                st.builds(Urgency, st.just(math.inf) | st.integers(0, 60), st.integers(0, 2)),
             ),
             min_size=1,
             max_size=12,
@@ -118,12 +121,13 @@ def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
     requests: list[Request] = []
-    for i, (arrival, prompt_len, max_tokens, family, abort) in enumerate(workload["requests"]):
+    for i, (arrival, prompt_len, max_tokens, family, abort, urgency) in enumerate(workload["requests"]):
         request = Request(
             f"r{i}",
             [100 * family + j for j in range(prompt_len)],
             SamplingParams(max_tokens=max_tokens),
             max_model_len=scheduler.max_model_len,
+            urgency=urgency,
         )
         requests.append(request)
         arrivals.setdefault(arrival, []).append(request)
@@ -138,7 +142,7 @@ def test_no_block_leaks_no_request_starves_no_token_is_lost(workload):
         for request, token_ids in scheduler.update(output, sampled):
             received[request.request_id].extend(token_ids)
 
-    # Each request needs at most its own tokens' steps, recomputed after each preemption by an older one.
+    # Each request needs at most its own tokens' steps, recomputed after each preemption by another one.
     limit = 31 + 4 * sum(r.num_prompt_tokens + r.params.max_tokens for r in requests) * len(requests)
     for now in range(limit):
         for request in arrivals.pop(now, []):

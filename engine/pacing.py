@@ -1,0 +1,41 @@
+"""How many prompt tokens a step may take beside running streams: as many as their next token can wait for."""
+
+from dataclasses import dataclass, field
+
+_WEIGHT = 0.2  # of a new measurement
+_MIN_TOKENS = 16  # prompts go on, however slow a step is
+
+
+@dataclass(slots=True)
+class PrefillPacer:
+    """Learns from the steps' durations: t = t_decode + tokens / rate, both as moving averages.
+
+    target_s: what a step with running streams should take; None leaves the token budget alone.
+    """
+
+    target_s: float | None
+    _decode_s: float | None = field(default=None)
+    _rate: float | None = field(default=None)  # prompt tokens a second
+
+    def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
+        """A step has taken so long."""
+        if self.target_s is None or seconds <= 0:
+            return
+        if num_prompt_tokens == 0:
+            self._decode_s = _average(self._decode_s, seconds)
+            return
+        beside = (self._decode_s or 0.0) if num_decodes else 0.0
+        # A step that took less than decoding alone says that prompts cost next to nothing.
+        cost = max(seconds - beside, 0.1 * seconds)
+        self._rate = _average(self._rate, num_prompt_tokens / cost)
+
+    def max_prompt_tokens(self, num_decodes: int, budget: int) -> int:
+        """Of a step's token budget, how many may be prompt tokens."""
+        if self.target_s is None or num_decodes == 0 or self._rate is None:
+            return budget
+        room = self.target_s - (self._decode_s or 0.0)
+        return min(budget, max(_MIN_TOKENS, int(room * self._rate)))
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else old + _WEIGHT * (new - old)

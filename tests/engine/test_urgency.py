@@ -1,0 +1,110 @@
+"""Who starts first, who gives way, and how large prompt chunks are beside running streams."""
+
+import math
+
+import pytest
+
+from engine.errors import ParameterError
+from engine.pacing import PrefillPacer
+from engine.request import Request, RequestStatus
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.urgency import Urgency
+from tests.engine.test_scheduler import make_scheduler, plan, step
+
+
+def add(scheduler: Scheduler, name: str, prompt: int, deadline: float = math.inf, priority: int = 0):
+    tokens = [1000 * (1 + ord(name)) + i for i in range(prompt)]
+    request = Request(
+        name,
+        tokens,
+        SamplingParams(max_tokens=100),
+        max_model_len=scheduler.max_model_len,
+        urgency=Urgency(deadline, priority),
+    )
+    scheduler.add_request(request)
+    return request
+
+
+def test_the_earliest_deadline_starts_first_and_none_comes_last():
+    scheduler = make_scheduler(token_budget=8, max_num_seqs=8)
+    for name, deadline in (("a", math.inf), ("b", 5.0), ("c", 2.0), ("d", 5.0)):
+        add(scheduler, name, 4, deadline)
+    assert [r.request_id for r in scheduler.waiting] == ["c", "b", "d", "a"]
+    assert step(scheduler) == {"c": 4, "b": 4}
+
+
+def test_an_urgent_prompt_does_not_wait_behind_the_rest_of_a_long_one():
+    scheduler = make_scheduler(token_budget=8)
+    add(scheduler, "a", 40, deadline=60.0)
+    assert step(scheduler) == {"a": 8}
+    add(scheduler, "b", 5, deadline=1.0)
+    assert step(scheduler) == {"b": 5, "a": 3}
+    assert step(scheduler) == {"b": 1, "a": 7}
+
+
+def test_work_of_a_larger_number_gives_its_room_to_who_arrives():
+    scheduler = make_scheduler(num_blocks=4, enable_prefix_caching=False)
+    batch = add(scheduler, "a", 12, deadline=60.0, priority=3)
+    step(scheduler)
+    step(scheduler)
+    assert batch.is_decoding
+    voice = add(scheduler, "b", 7, deadline=1.0, priority=0)
+    output = scheduler.schedule()
+    assert (plan(output), output.preempted_ids) == ({"b": 7}, ("a",))
+    assert (batch.status, voice.status) == (RequestStatus.PREEMPTED, RequestStatus.RUNNING)
+
+
+def test_nobody_gives_way_in_vain_nor_to_an_equal():
+    scheduler = make_scheduler(num_blocks=4, token_budget=16, enable_prefix_caching=False)
+    add(scheduler, "a", 5, priority=1)
+    add(scheduler, "b", 4, priority=3)
+    step(scheduler)
+    step(scheduler)
+    add(scheduler, "c", 15, deadline=1.0, priority=2)  # not even with b's blocks
+    assert step(scheduler).keys() == {"a", "b"}
+    assert scheduler.total_preemptions == 0
+
+
+def test_a_full_batch_makes_a_place_for_the_urgent():
+    scheduler = make_scheduler(max_num_seqs=2)
+    add(scheduler, "a", 1, priority=2)
+    add(scheduler, "b", 1, priority=3)
+    step(scheduler)
+    add(scheduler, "c", 1, deadline=1.0, priority=1)
+    output = scheduler.schedule()
+    assert (plan(output), output.preempted_ids) == ({"a": 1, "c": 1}, ("b",))
+
+
+def test_the_important_are_preempted_last_whatever_their_age():
+    scheduler = make_scheduler(num_blocks=4, enable_prefix_caching=False)
+    old = add(scheduler, "a", 4, priority=3)
+    young = add(scheduler, "b", 4, priority=0)
+    for _ in range(6):
+        step(scheduler)
+    assert old.status is RequestStatus.PREEMPTED
+    assert young.status is RequestStatus.RUNNING
+
+
+@pytest.mark.parametrize(("deadline", "priority"), [(math.nan, 0), (1.0, -1), (1.0, 10)])
+def test_urgencies_are_checked(deadline, priority):
+    with pytest.raises(ParameterError):
+        Urgency(deadline, priority)
+
+
+def test_chunks_shrink_to_what_the_running_streams_can_wait_for():
+    pacer = PrefillPacer(target_s=0.025)
+    assert pacer.max_prompt_tokens(4, 2048) == 2048  # nothing is known yet
+    pacer.observe(4, 0, 0.005)
+    pacer.observe(4, 1000, 0.055)  # 1,000 tokens in 50 ms beside the decodes' 5
+    assert pacer.max_prompt_tokens(4, 2048) == 400  # 20 ms are left
+    assert pacer.max_prompt_tokens(0, 2048) == 2048  # nobody waits
+    assert pacer.max_prompt_tokens(4, 100) == 100
+    pacer.observe(4, 0, 10.0)
+    assert pacer.max_prompt_tokens(4, 2048) == 16  # prompts go on
+
+
+def test_without_a_target_the_budget_is_the_limit():
+    pacer = PrefillPacer(target_s=None)
+    pacer.observe(4, 1000, 1.0)
+    assert pacer.max_prompt_tokens(4, 2048) == 2048
