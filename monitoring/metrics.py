@@ -27,6 +27,12 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("peregrine_requests_total", "counter", "Finished sequences.", ("finish_reason",)),
         Metric("peregrine_refusals_total", "counter", "Requests refused by admission.", ("reason",)),
+        Metric(
+            "peregrine_ttft_deadlines_total",
+            "counter",
+            "First tokens, by whether they kept their tier's deadline.",
+            ("tier", "kept"),
+        ),
         Metric("peregrine_http_requests_total", "counter", "HTTP responses.", ("route", "status")),
         Metric(
             "peregrine_http_request_seconds",

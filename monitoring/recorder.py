@@ -80,6 +80,10 @@ class Recorder:
     def record_refusal(self, reason: str) -> None:
         self._metrics["peregrine_refusals_total"].labels(reason).inc()
 
+    def record_deadline(self, tier: str, is_kept: bool) -> None:
+        """Take in a request's first token."""
+        self._metrics["peregrine_ttft_deadlines_total"].labels(tier, "yes" if is_kept else "no").inc()
+
     def exposition(self) -> bytes:
         """The registry in Prometheus' text format."""
         return generate_latest(self._registry)

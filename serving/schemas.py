@@ -110,6 +110,7 @@ class _SamplingFields(_Strict):
     logit_bias: dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     user: str | None = None
+    service_tier: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 
     top_k: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
@@ -162,7 +163,6 @@ class ChatCompletionRequest(_SamplingFields):
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None

@@ -1,6 +1,11 @@
 """What an operator may set about the HTTP side of a replica."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from serving.tiers import TIERS, Tier
 
 
 class ServingSettings(BaseModel):
@@ -19,3 +24,10 @@ class ServingSettings(BaseModel):
     """From arrival to the last token."""
     retry_after_s: int = Field(default=1, ge=1)
     """What a refused client is told to wait."""
+    tiers: Mapping[str, Tier] = Field(default_factory=lambda: dict(TIERS), validate_default=True)
+    """Service tiers by name; those given here replace or extend the built-in ones."""
+
+    @field_validator("tiers", mode="before")
+    @classmethod
+    def _with_built_in_tiers(cls, given: Any) -> Any:
+        return {**TIERS, **given} if isinstance(given, Mapping) else given

@@ -6,10 +6,12 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from engine import InferenceEngine, RequestOutput, SamplingParams
+from engine import InferenceEngine, RequestOutput, SamplingParams, Urgency
 from monitoring import Recorder
-from serving.errors import ApiError, not_ready, overloaded
+from serving.admission import Admission
+from serving.errors import ApiError, not_ready
 from serving.settings import ServingSettings
+from serving.tiers import Service
 
 _STATS_PERIOD_S = 0.5
 
@@ -29,7 +31,7 @@ class ReplicaState:
         self.recorder = recorder
         self.replica = replica
         self.created = int(time.time())
-        self.num_inflight = 0
+        self.admission = Admission(settings, recorder)
         self._engine: InferenceEngine | None = None
         self._is_draining = False
 
@@ -50,23 +52,14 @@ class ReplicaState:
         return self._engine
 
     @contextmanager
-    def admit(self) -> Iterator[InferenceEngine]:
+    def admit(self, service: Service) -> Iterator[InferenceEngine]:
         """A place among the requests in flight.
 
-        Raises ApiError 429 when all are taken, 503 when not ready.
+        Raises ApiError 429 when those of the tier are taken, 503 when not ready.
         """
         engine = self.engine
-        limit = self.settings.max_inflight_requests
-        if self.num_inflight >= limit:
-            self.recorder.record_refusal("inflight")
-            raise overloaded(
-                f"{limit} requests are in flight already; retry later.", self.settings.retry_after_s
-            )
-        self.num_inflight += 1
-        try:
+        with self.admission.place(service):
             yield engine
-        finally:
-            self.num_inflight -= 1
 
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 when `name` is not the served model."""
@@ -87,7 +80,7 @@ class ReplicaState:
 
     def collect(self) -> None:
         if self._engine is not None:
-            self.recorder.record_stats(self._engine.stats(), self.num_inflight)
+            self.recorder.record_stats(self._engine.stats(), self.admission.num_inflight)
             for timings in self._engine.drain_timings():
                 self.recorder.record_timings(timings)
 
@@ -98,10 +91,13 @@ async def generate_all(
     params: SamplingParams,
     request_id: str,
     arrival_time: float,
+    urgency: Urgency,
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of several prompts as they come, each with its prompt's number. Closing it aborts all."""
     if len(prompts) == 1:
-        stream = engine.generate(prompts[0], params, request_id=request_id, arrival_time=arrival_time)
+        stream = engine.generate(
+            prompts[0], params, request_id=request_id, arrival_time=arrival_time, urgency=urgency
+        )
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 yield 0, output
@@ -112,7 +108,11 @@ async def generate_all(
     async def pump(number: int, prompt: Sequence[int]) -> None:
         try:
             stream = engine.generate(
-                prompt, params, request_id=f"{request_id}-{number}", arrival_time=arrival_time
+                prompt,
+                params,
+                request_id=f"{request_id}-{number}",
+                arrival_time=arrival_time,
+                urgency=urgency,
             )
             async with aclosing(stream) as outputs:
                 async for output in outputs:

@@ -47,7 +47,13 @@ def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]])
             )
             return job, _ChatPresenter(job)
 
-        return await respond(request, state, is_stream=bool(body.stream), prepare=prepare)
+        return await respond(
+            request,
+            state,
+            is_stream=bool(body.stream),
+            service_tier=body.service_tier,
+            prepare=prepare,
+        )
 
     return router
 

@@ -46,7 +46,13 @@ def completions_router(state: ReplicaState, responses: dict[int | str, dict[str,
             )
             return job, _CompletionPresenter(job, echoed, is_echo_only=body.max_tokens == 0)
 
-        return await respond(request, state, is_stream=bool(body.stream), prepare=prepare)
+        return await respond(
+            request,
+            state,
+            is_stream=bool(body.stream),
+            service_tier=body.service_tier,
+            prepare=prepare,
+        )
 
     return router
 

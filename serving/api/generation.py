@@ -14,6 +14,7 @@ from serving.errors import ApiError
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import DONE, ClientGone, SseResponse, error_event, unless_client_leaves
+from serving.tiers import choose_service
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
@@ -82,6 +83,7 @@ async def respond(
     state: ReplicaState,
     *,
     is_stream: bool,
+    service_tier: str | None,
     prepare: Callable[[InferenceEngine], Awaitable[tuple[Job, Presenter]]],
 ) -> Response:
     """Run one request to its response.
@@ -91,9 +93,16 @@ async def respond(
     """
     arrival: float = request.state.arrival_time
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
-    with state.admit() as engine:
+    service = choose_service(state.settings.tiers, service_tier, request.headers, arrival)
+    with state.admit(service) as engine:
         job, presenter = await prepare(engine)
-        outputs = generate_all(engine, job.prompts, job.params, job.request_id, arrival)
+        num_tokens = sum(map(len, job.prompts))
+        state.admission.check_deadline(service, num_tokens)
+        outputs = state.admission.watch(
+            generate_all(engine, job.prompts, job.params, job.request_id, arrival, service.urgency),
+            service,
+            num_tokens,
+        )
         if not is_stream:
             try:
                 work = _collect(outputs, presenter)
@@ -135,7 +144,7 @@ async def _stream(
     deadline: float,
 ) -> AsyncGenerator[bytes, None]:
     usage = UsageCounter()
-    state.num_inflight += 1
+    state.admission.num_inflight += 1
     try:
         number, output = first
         async with asyncio.timeout_at(deadline):
@@ -156,7 +165,7 @@ async def _stream(
         yield error_event(error)
         yield DONE
     finally:
-        state.num_inflight -= 1
+        state.admission.num_inflight -= 1
         await outputs.aclose()
 
 

@@ -40,7 +40,7 @@ def operations_router(state: ReplicaState, responses: dict[int | str, dict[str, 
     async def stats() -> Stats:
         """Load and counters of the replica that answers."""
         values = dataclasses.asdict(state.engine.stats())
-        return Stats(replica=state.replica, num_inflight=state.num_inflight, **values)
+        return Stats(replica=state.replica, num_inflight=state.admission.num_inflight, **values)
 
     @router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:

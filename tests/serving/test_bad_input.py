@@ -67,7 +67,7 @@ async def test_not_ready_and_draining_are_503(make_client, make_state):
 
 async def test_too_many_in_flight_are_refused_at_once(make_client, make_state):
     state = make_state(max_inflight_requests=1, retry_after_s=7)
-    state.num_inflight = 1
+    state.admission.num_inflight = 1
     async with make_client(state) as client:
         response = await client.post(
             "/v1/completions", json={"model": "SmolLM2-135M-Instruct", "prompt": "x"}

@@ -1,0 +1,109 @@
+"""Who may come in: places in flight, by tier, and deadlines that can still be kept."""
+
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from monitoring import Recorder
+from serving.errors import overloaded
+from serving.settings import ServingSettings
+from serving.tiers import Service
+
+T = TypeVar("T")
+
+_WEIGHT = 0.2  # of a new measurement of the prompt rate
+_MIN_BUSY_S = 0.05  # shorter busy times say little
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    deadline: float
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Admission:
+    """Counts the requests of one replica, and foresees when a prompt would have its first token.
+
+    The forecast: prompt tokens that are due no later, the own ones included, over the measured rate of prompt
+    tokens a second while there were any to compute. Nothing is refused before there is a rate.
+    """
+
+    settings: ServingSettings
+    recorder: Recorder
+    clock: Callable[[], float] = time.monotonic
+    num_inflight: int = 0
+    tokens_per_s: float | None = None
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _busy_since: float = 0.0
+    _num_tokens_done: int = 0
+
+    @contextmanager
+    def place(self, service: Service) -> Iterator[None]:
+        """A place among the requests in flight. Raises ApiError 429 when the tier's share is taken."""
+        limit = max(1, int(self.settings.max_inflight_requests * service.max_load))
+        if self.num_inflight >= limit:
+            self.recorder.record_refusal("inflight")
+            wait_s = math.ceil(self.predicted_ttft_s(math.inf, 0))
+            raise overloaded(
+                f"{self.num_inflight} requests are in flight already, the limit of tier "
+                f"'{service.tier}' is {limit}; retry later.",
+                max(self.settings.retry_after_s, wait_s),
+            )
+        self.num_inflight += 1
+        try:
+            yield
+        finally:
+            self.num_inflight -= 1
+
+    def predicted_ttft_s(self, deadline: float, num_tokens: int) -> float:
+        """Seconds from now to the first token of a prompt that is due then; 0 while the rate is unknown."""
+        if not self.tokens_per_s:
+            return 0.0
+        ahead = sum(p.num_tokens for p in self._pending.values() if p.deadline <= deadline)
+        return (ahead + num_tokens) / self.tokens_per_s
+
+    def check_deadline(self, service: Service, num_tokens: int) -> None:
+        """Raises ApiError 429 for a request that asked not to be answered late, and would be."""
+        if not service.refuses_late:
+            return
+        predicted = self.predicted_ttft_s(service.urgency.deadline, num_tokens)
+        late_s = self.clock() + predicted - service.urgency.deadline
+        if late_s > 0:
+            self.recorder.record_refusal("deadline")
+            raise overloaded(
+                f"The first token is expected in {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
+                f"within {service.ttft_s * 1e3:.0f} ms of the request's arrival; retry later.",
+                max(self.settings.retry_after_s, math.ceil(late_s)),
+            )
+
+    async def watch(
+        self, outputs: AsyncGenerator[T, None], service: Service, num_tokens: int
+    ) -> AsyncGenerator[T, None]:
+        """The same outputs; what waits for its first one counts in the forecasts of others."""
+        key = id(outputs)
+        if not self._pending:
+            self._busy_since, self._num_tokens_done = self.clock(), 0
+        self._pending[key] = _Pending(service.urgency.deadline, num_tokens)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if key in self._pending:
+                        self._begin(key, service)
+                    yield output
+        finally:
+            self._pending.pop(key, None)
+
+    def _begin(self, key: int, service: Service) -> None:
+        now = self.clock()
+        self._num_tokens_done += self._pending.pop(key).num_tokens
+        self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)
+        busy_s = now - self._busy_since
+        if busy_s >= _MIN_BUSY_S or not self._pending:
+            rate = self._num_tokens_done / max(busy_s, 1e-4)
+            old = self.tokens_per_s
+            self.tokens_per_s = rate if old is None else old + _WEIGHT * (rate - old)
+            self._busy_since, self._num_tokens_done = now, 0

@@ -1,0 +1,154 @@
+"""Service tiers: the choice, places by load, forecasts, and the answers of the API."""
+
+import asyncio
+
+import pytest
+
+from engine import ParameterError
+from monitoring import Recorder
+from serving.admission import Admission
+from serving.errors import ApiError
+from serving.settings import ServingSettings
+from serving.tiers import TIERS, Tier, choose_service
+
+CHAT = {
+    "model": "SmolLM2-135M-Instruct",
+    "messages": [{"role": "user", "content": "Hi"}],
+    "max_tokens": 2,
+    "temperature": 0,
+}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_admission(**settings) -> Admission:
+    return Admission(ServingSettings(**settings), Recorder(), clock=Clock())
+
+
+def service(tier: str = "default", arrival: float = 100.0, **headers: str):
+    return choose_service(TIERS, tier, headers, arrival)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"), [(None, "default"), ("auto", "default"), ("flex", "batch"), ("priority", "voice")]
+)
+def test_names_of_openai_have_their_tier(name, tier):
+    assert choose_service(TIERS, name, {}, 0.0).tier == tier
+
+
+def test_the_header_sets_a_deadline_of_its_own():
+    chosen = choose_service(TIERS, "batch", {"x-slo-ttft-ms": "250"}, 10.0)
+    assert (chosen.tier, chosen.urgency.deadline, chosen.urgency.priority) == ("batch", 10.25, 3)
+    assert chosen.refuses_late
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "soon", "600001", ""])
+def test_a_header_that_is_no_time_is_refused(text):
+    with pytest.raises(ApiError, match="x-slo-ttft-ms") as caught:
+        choose_service(TIERS, None, {"x-slo-ttft-ms": text}, 0.0)
+    assert caught.value.status_code == 400
+
+
+def test_an_unknown_tier_is_refused_with_those_that_there_are():
+    with pytest.raises(ParameterError, match=r"agent.*voice.*got 'gold'"):
+        choose_service(TIERS, "gold", {}, 0.0)
+
+
+def test_tiers_of_the_configuration_extend_the_built_in_ones():
+    settings = ServingSettings(tiers={"gold": {"ttft_s": 0.1, "priority": 0}})
+    assert settings.tiers["gold"] == Tier(ttft_s=0.1, priority=0)
+    assert settings.tiers["voice"] == TIERS["voice"]
+
+
+def test_the_lowest_tier_is_refused_first():
+    admission = make_admission(max_inflight_requests=10)
+    admission.num_inflight = 8
+    with pytest.raises(ApiError, match="'batch' is 8") as caught, admission.place(service("batch")):
+        pass
+    assert caught.value.status_code == 429
+    assert int(caught.value.headers["Retry-After"]) >= 1
+    with admission.place(service("agent")), admission.place(service("voice")):
+        assert admission.num_inflight == 10
+    assert admission.num_inflight == 8
+
+
+async def _outputs(gate: asyncio.Event):
+    await gate.wait()
+    yield 1
+    yield 2
+
+
+async def _start(admission: Admission, gate: asyncio.Event, tier: str, num_tokens: int):
+    """A request that waits for its first output."""
+    stream = admission.watch(_outputs(gate), service(tier), num_tokens)
+    task = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    return stream, task
+
+
+async def test_forecasts_count_what_is_due_no_later():
+    admission, gate = make_admission(), asyncio.Event()
+    stream, task = await _start(admission, gate, "default", 500)
+    admission.clock.now += 0.5
+    gate.set()
+    assert await task == 1
+    assert admission.tokens_per_s == pytest.approx(1000)
+    await stream.aclose()
+
+    gate = asyncio.Event()
+    waiting = [await _start(admission, gate, t, n) for t, n in (("batch", 5000), ("voice", 100))]
+    arrival = admission.clock.now
+    assert admission.predicted_ttft_s(arrival + 0.2, 50) == pytest.approx(0.15)  # batch is due later
+    assert admission.predicted_ttft_s(arrival + 500, 50) == pytest.approx(5.15)
+    admission.check_deadline(service("voice", arrival), 50)
+    with pytest.raises(ApiError, match="expected in 1100 ms") as caught:
+        admission.check_deadline(service("voice", arrival), 1000)
+    assert caught.value.headers["Retry-After"] == "1"
+    admission.check_deadline(service("default", arrival), 100_000)  # late, but wanted all the same
+    for stream, task in waiting:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await stream.aclose()
+    assert admission.predicted_ttft_s(arrival + 500, 0) == 0
+
+
+async def test_kept_and_missed_deadlines_are_counted():
+    admission = make_admission()
+    for late_s in (0.1, 0.3):
+        gate = asyncio.Event()
+        admission.clock.now = 100.0
+        stream, task = await _start(admission, gate, "voice", 5)
+        admission.clock.now += late_s
+        gate.set()
+        await task
+        await stream.aclose()
+    text = admission.recorder.exposition().decode()
+    assert 'peregrine_ttft_deadlines_total{kept="yes",tier="voice"} 1.0' in text
+    assert 'peregrine_ttft_deadlines_total{kept="no",tier="voice"} 1.0' in text
+
+
+@pytest.mark.parametrize("tier", [None, "default", "agent", "flex", "batch"])
+async def test_every_tier_answers(make_client, tier):
+    async with make_client() as client:
+        body = CHAT if tier is None else {**CHAT, "service_tier": tier}
+        response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200
+
+
+async def test_what_cannot_keep_its_deadline_gets_429_with_retry_after(make_client, make_state):
+    state = make_state()
+    state.admission.tokens_per_s = 1.0
+    async with make_client(state) as client:
+        headers = {"x-slo-ttft-ms": "100"}
+        response = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) > 10
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        response = await client.post("/v1/chat/completions", json={**CHAT, "service_tier": "gold"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "service_tier")
+    assert state.admission.num_inflight == 0
