@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test lint bench clean
+.PHONY: setup serve test lint bench loadtest clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -41,6 +41,14 @@ bench: setup
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/peregrine bench cpu --json docs/benchmarks/cpu.json
 	$(BIN)/peregrine bench serve --json docs/benchmarks/serve.json
+
+# SCENARIO: aborts, burst, long-prompts, overload, shared-prefix, steady. URL: a running server (make serve).
+SCENARIO ?= steady
+URL      ?= http://127.0.0.1:8000
+loadtest: setup
+	$(PIP) install --quiet -c constraints.txt -e ".[load]"
+	$(BIN)/python -m tests.load.run $(SCENARIO) --url $(URL) --json loadtest-$(SCENARIO).json \
+		--html loadtest-$(SCENARIO).html
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis

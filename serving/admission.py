@@ -16,12 +16,15 @@ T = TypeVar("T")
 
 _WEIGHT = 0.2  # of a new measurement of the prompt rate
 _MIN_BUSY_S = 0.05  # shorter busy times say little
+_DEVIATIONS = 3.0
 
 
 @dataclass(slots=True, eq=False)
 class _Pending:
     deadline: float
     num_tokens: int
+    since: float
+    predicted_s: float
 
 
 @dataclass(slots=True)
@@ -29,7 +32,10 @@ class Admission:
     """Counts the requests of one replica, and foresees when a prompt would have its first token.
 
     The forecast: prompt tokens that are due no later, the own ones included, over the measured rate of prompt
-    tokens a second while there were any to compute. Nothing is refused before there is a rate.
+    tokens a second while there were any to compute. What it leaves out (the step that runs, the streams
+    beside it) shows as its error, whose mean and mean deviation are followed; a deadline is expected to be
+    kept when forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988).
+    Nothing is refused before there is a rate.
     """
 
     settings: ServingSettings
@@ -40,6 +46,8 @@ class Admission:
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _busy_since: float = 0.0
     _num_tokens_done: int = 0
+    _error_s: float = 0.0
+    _error_deviation_s: float = 0.0
 
     @contextmanager
     def place(self, service: Service) -> Iterator[None]:
@@ -71,11 +79,13 @@ class Admission:
         if not service.refuses_late:
             return
         predicted = self.predicted_ttft_s(service.urgency.deadline, num_tokens)
+        if predicted > 0:
+            predicted = max(0.0, predicted + self._error_s + _DEVIATIONS * self._error_deviation_s)
         late_s = self.clock() + predicted - service.urgency.deadline
         if late_s > 0:
             self.recorder.record_refusal("deadline")
             raise overloaded(
-                f"The first token is expected in {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
+                f"The first token may take {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
                 f"within {service.ttft_s * 1e3:.0f} ms of the request's arrival; retry later.",
                 max(self.settings.retry_after_s, math.ceil(late_s)),
             )
@@ -84,10 +94,11 @@ class Admission:
         self, outputs: AsyncGenerator[T, None], service: Service, num_tokens: int
     ) -> AsyncGenerator[T, None]:
         """The same outputs; what waits for its first one counts in the forecasts of others."""
-        key = id(outputs)
+        key, now, deadline = id(outputs), self.clock(), service.urgency.deadline
         if not self._pending:
-            self._busy_since, self._num_tokens_done = self.clock(), 0
-        self._pending[key] = _Pending(service.urgency.deadline, num_tokens)
+            self._busy_since, self._num_tokens_done = now, 0
+        predicted_s = self.predicted_ttft_s(deadline, num_tokens)
+        self._pending[key] = _Pending(deadline, num_tokens, now, predicted_s)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -98,8 +109,13 @@ class Admission:
             self._pending.pop(key, None)
 
     def _begin(self, key: int, service: Service) -> None:
-        now = self.clock()
-        self._num_tokens_done += self._pending.pop(key).num_tokens
+        now, begun = self.clock(), self._pending.pop(key)
+        self._num_tokens_done += begun.num_tokens
+        if begun.predicted_s > 0 and service.refuses_late:
+            # Of those alone that jump the queue: others wait for whoever comes after them, too.
+            error_s = now - begun.since - begun.predicted_s
+            self._error_deviation_s += _WEIGHT * (abs(error_s - self._error_s) - self._error_deviation_s)
+            self._error_s += _WEIGHT * (error_s - self._error_s)
         self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)
         busy_s = now - self._busy_since
         if busy_s >= _MIN_BUSY_S or not self._pending:

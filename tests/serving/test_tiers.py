@@ -106,7 +106,7 @@ async def test_forecasts_count_what_is_due_no_later():
     assert admission.predicted_ttft_s(arrival + 0.2, 50) == pytest.approx(0.15)  # batch is due later
     assert admission.predicted_ttft_s(arrival + 500, 50) == pytest.approx(5.15)
     admission.check_deadline(service("voice", arrival), 50)
-    with pytest.raises(ApiError, match="expected in 1100 ms") as caught:
+    with pytest.raises(ApiError, match="may take 1100 ms") as caught:
         admission.check_deadline(service("voice", arrival), 1000)
     assert caught.value.headers["Retry-After"] == "1"
     admission.check_deadline(service("default", arrival), 100_000)  # late, but wanted all the same
@@ -115,6 +115,24 @@ async def test_forecasts_count_what_is_due_no_later():
         await asyncio.gather(task, return_exceptions=True)
         await stream.aclose()
     assert admission.predicted_ttft_s(arrival + 500, 0) == 0
+
+
+async def test_forecasts_learn_from_their_errors():
+    admission = make_admission()
+    admission.tokens_per_s = 1000.0
+    for _ in range(30):  # 10 ms are forecast, 110 pass
+        gate = asyncio.Event()
+        admission.clock.now = 100.0
+        stream, task = await _start(admission, gate, "voice", 10)
+        admission.clock.now += 0.11
+        gate.set()
+        await task
+        await stream.aclose()
+        admission.tokens_per_s = 1000.0
+    admission.clock.now = 100.0
+    admission.check_deadline(service("voice"), 40)  # 40 ms, 100 of error and little deviation
+    with pytest.raises(ApiError, match="may take"):
+        admission.check_deadline(service("voice"), 120)
 
 
 async def test_kept_and_missed_deadlines_are_counted():
