@@ -9,7 +9,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs, TokenOutput
 from engine.model_runner import Runner, StepResult, create_runner
 from engine.outputs import EngineStats, ModelInfo
-from engine.pacing import PrefillPacer
+from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler, SchedulerOutput
@@ -37,7 +37,7 @@ class EngineCore:
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
-            pacer=PrefillPacer(config.step_target_s),
+            pacer=StepPacer(config.step_target_s),
         )
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}

@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may take beside running streams: as many as their next token can wait for."""
+"""What a step may take on beside running streams: as much as their next tokens can wait for."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,15 @@ _MIN_TOKENS = 16  # prompts go on, however slow a step is
 
 
 @dataclass(slots=True)
-class PrefillPacer:
-    """Learns from the steps' durations: t = t_decode + tokens / rate, both as moving averages.
+class StepPacer:
+    """Learns from the steps' durations: t = t_decode + tokens / rate, as moving averages.
 
-    target_s: what a step with running streams should take; None leaves the token budget alone.
+    target_s: what a step with running streams should take; None sets no limits.
     """
 
     target_s: float | None
     _decode_s: float | None = field(default=None)
+    _num_decodes: float = field(default=0.0)  # that it is of
     _rate: float | None = field(default=None)  # prompt tokens a second
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
@@ -22,6 +23,7 @@ class PrefillPacer:
         if self.target_s is None or seconds <= 0:
             return
         if num_prompt_tokens == 0:
+            self._num_decodes = _average(self._num_decodes or None, num_decodes)
             self._decode_s = _average(self._decode_s, seconds)
             return
         beside = (self._decode_s or 0.0) if num_decodes else 0.0
@@ -35,6 +37,12 @@ class PrefillPacer:
             return budget
         room = self.target_s - (self._decode_s or 0.0)
         return min(budget, max(_MIN_TOKENS, int(room * self._rate)))
+
+    def max_sequences(self, limit: int) -> int:
+        """How many sequences may run: as many as decode within the target, each taken to cost the same."""
+        if self.target_s is None or not self._decode_s or self._num_decodes < 1:
+            return limit
+        return min(limit, max(1, int(self.target_s / self._decode_s * self._num_decodes)))
 
 
 def _average(old: float | None, new: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.kv_cache_manager import KVCacheManager
-from engine.pacing import PrefillPacer
+from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.speculation import Drafter, DraftPolicy
 
@@ -94,7 +94,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
         draft_policy: DraftPolicy | None = None,
-        pacer: PrefillPacer | None = None,
+        pacer: StepPacer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_model_len > kv_cache.capacity_tokens:
@@ -117,7 +117,7 @@ class Scheduler:
         self.total_accepted_tokens = 0
         self._in_flight: deque[SchedulerOutput] = deque()
         self._draft_policy = draft_policy if draft_policy and draft_policy.max_tokens > 0 else None
-        self._pacer = pacer or PrefillPacer(None)
+        self._pacer = pacer or StepPacer(None)
         self._clock = clock
         self._num_arrivals = 0
 
@@ -328,13 +328,12 @@ class Scheduler:
 
     def _try_to_start(self, request: Request, budget: int, preempted: list[str]) -> ScheduledRequest | None:
         """Start a waiting request's first chunk, at the cost of less important ones if need be."""
+        most = self._pacer.max_sequences(self.max_num_seqs)
         while True:
             hit = self.kv_cache.get_computed_blocks(request)
             num_hit_tokens = len(hit) * self.kv_cache.block_size
             num_tokens = min(request.num_tokens - num_hit_tokens, budget)
-            if len(self.running) < self.max_num_seqs and self.kv_cache.allocate_slots(
-                request, num_tokens, hit
-            ):
+            if len(self.running) < most and self.kv_cache.allocate_slots(request, num_tokens, hit):
                 break
             victims = [r for r in self.running if r.urgency.priority > request.urgency.priority]
             held = sum(len(r.block_ids) for r in victims)

@@ -17,6 +17,7 @@ T = TypeVar("T")
 _WEIGHT = 0.2  # of a new measurement of the prompt rate
 _MIN_BUSY_S = 0.05  # shorter busy times say little
 _DEVIATIONS = 3.0
+_HALF_LIFE_S = 2.0  # of an error that nothing confirms
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +36,8 @@ class Admission:
     tokens a second while there were any to compute. What it leaves out (the step that runs, the streams
     beside it) shows as its error, whose mean and mean deviation are followed; a deadline is expected to be
     kept when forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988).
-    Nothing is refused before there is a rate.
+    Errors are forgotten with time: who refuses everything learns nothing. Nothing is refused before there
+    is a rate.
     """
 
     settings: ServingSettings
@@ -48,6 +50,7 @@ class Admission:
     _num_tokens_done: int = 0
     _error_s: float = 0.0
     _error_deviation_s: float = 0.0
+    _error_time: float = 0.0
 
     @contextmanager
     def place(self, service: Service) -> Iterator[None]:
@@ -80,7 +83,9 @@ class Admission:
             return
         predicted = self.predicted_ttft_s(service.urgency.deadline, num_tokens)
         if predicted > 0:
-            predicted = max(0.0, predicted + self._error_s + _DEVIATIONS * self._error_deviation_s)
+            memory = 0.5 ** ((self.clock() - self._error_time) / _HALF_LIFE_S)
+            error_s = self._error_s + _DEVIATIONS * self._error_deviation_s
+            predicted = max(0.0, predicted + memory * error_s)
         late_s = self.clock() + predicted - service.urgency.deadline
         if late_s > 0:
             self.recorder.record_refusal("deadline")
@@ -113,7 +118,7 @@ class Admission:
         self._num_tokens_done += begun.num_tokens
         if begun.predicted_s > 0 and service.refuses_late:
             # Of those alone that jump the queue: others wait for whoever comes after them, too.
-            error_s = now - begun.since - begun.predicted_s
+            error_s, self._error_time = now - begun.since - begun.predicted_s, now
             self._error_deviation_s += _WEIGHT * (abs(error_s - self._error_s) - self._error_deviation_s)
             self._error_s += _WEIGHT * (error_s - self._error_s)
         self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)

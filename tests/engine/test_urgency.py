@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.errors import ParameterError
-from engine.pacing import PrefillPacer
+from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -93,7 +93,7 @@ def test_urgencies_are_checked(deadline, priority):
 
 
 def test_chunks_shrink_to_what_the_running_streams_can_wait_for():
-    pacer = PrefillPacer(target_s=0.025)
+    pacer = StepPacer(target_s=0.025)
     assert pacer.max_prompt_tokens(4, 2048) == 2048  # nothing is known yet
     pacer.observe(4, 0, 0.005)
     pacer.observe(4, 1000, 0.055)  # 1,000 tokens in 50 ms beside the decodes' 5
@@ -104,7 +104,17 @@ def test_chunks_shrink_to_what_the_running_streams_can_wait_for():
     assert pacer.max_prompt_tokens(4, 2048) == 16  # prompts go on
 
 
+def test_as_many_sequences_run_as_decode_within_the_target():
+    pacer = StepPacer(target_s=0.05)
+    assert pacer.max_sequences(64) == 64
+    pacer.observe(10, 0, 0.02)
+    assert pacer.max_sequences(64) == 25
+    assert pacer.max_sequences(8) == 8
+    pacer.observe(10, 0, 100.0)
+    assert pacer.max_sequences(64) == 1  # somebody always runs
+
+
 def test_without_a_target_the_budget_is_the_limit():
-    pacer = PrefillPacer(target_s=None)
+    pacer = StepPacer(target_s=None)
     pacer.observe(4, 1000, 1.0)
     assert pacer.max_prompt_tokens(4, 2048) == 2048

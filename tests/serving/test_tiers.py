@@ -129,10 +129,12 @@ async def test_forecasts_learn_from_their_errors():
         await task
         await stream.aclose()
         admission.tokens_per_s = 1000.0
-    admission.clock.now = 100.0
-    admission.check_deadline(service("voice"), 40)  # 40 ms, 100 of error and little deviation
+    admission.clock.now = 100.11
+    admission.check_deadline(service("voice", 100.11), 40)  # 40 ms, 100 of error and little deviation
     with pytest.raises(ApiError, match="may take"):
-        admission.check_deadline(service("voice"), 120)
+        admission.check_deadline(service("voice", 100.11), 120)
+    admission.clock.now += 10.0  # refused requests teach nothing: after a while one is tried again
+    admission.check_deadline(service("voice", 110.11), 120)
 
 
 async def test_kept_and_missed_deadlines_are_counted():
