@@ -87,6 +87,8 @@ class EngineStats:
     total_output_tokens: int
     total_preemptions: int
     last_step_s: float
+    prompt_tokens_per_s: float = 0.0
+    """At which prompts are computed while they are; 0 while it is unknown."""
     total_drafts: int = 0
     """Verifications of one sequence's drafts; each brought 1 + accepted / drafts tokens in the mean."""
     total_draft_tokens: int = 0

@@ -20,7 +20,7 @@ class StepPacer:
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
-        if self.target_s is None or seconds <= 0:
+        if seconds <= 0:
             return
         if num_prompt_tokens == 0:
             self._num_decodes = _average(self._num_decodes or None, num_decodes)
@@ -30,6 +30,11 @@ class StepPacer:
         # A step that took less than decoding alone says that prompts cost next to nothing.
         cost = max(seconds - beside, 0.1 * seconds)
         self._rate = _average(self._rate, num_prompt_tokens / cost)
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """0 while it is unknown."""
+        return self._rate or 0.0
 
     def max_prompt_tokens(self, num_decodes: int, budget: int) -> int:
         """Of a step's token budget, how many may be prompt tokens."""

@@ -14,8 +14,7 @@ from serving.tiers import Service
 
 T = TypeVar("T")
 
-_WEIGHT = 0.2  # of a new measurement of the prompt rate
-_MIN_BUSY_S = 0.05  # shorter busy times say little
+_WEIGHT = 0.2  # of a new error
 _DEVIATIONS = 3.0
 _HALF_LIFE_S = 2.0  # of an error that nothing confirms
 
@@ -32,22 +31,19 @@ class _Pending:
 class Admission:
     """Counts the requests of one replica, and foresees when a prompt would have its first token.
 
-    The forecast: prompt tokens that are due no later, the own ones included, over the measured rate of prompt
-    tokens a second while there were any to compute. What it leaves out (the step that runs, the streams
-    beside it) shows as its error, whose mean and mean deviation are followed; a deadline is expected to be
-    kept when forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988).
-    Errors are forgotten with time: who refuses everything learns nothing. Nothing is refused before there
-    is a rate.
+    The forecast: prompt tokens that are due no later, the own ones included, over the rate at which the
+    engine computes prompts. What it leaves out (the step that runs, the streams beside it) shows as its error, whose
+    mean and mean deviation are followed; a deadline is expected to be kept when forecast, mean error and
+    some deviations fit (as TCP sets its timeouts: Jacobson 1988). Errors are forgotten with time: who refuses
+    everything learns nothing. Nothing is refused before there is a rate.
     """
 
     settings: ServingSettings
     recorder: Recorder
     clock: Callable[[], float] = time.monotonic
     num_inflight: int = 0
-    tokens_per_s: float | None = None
+    tokens_per_s: float = 0.0  # the engine's
     _pending: dict[int, _Pending] = field(default_factory=dict)
-    _busy_since: float = 0.0
-    _num_tokens_done: int = 0
     _error_s: float = 0.0
     _error_deviation_s: float = 0.0
     _error_time: float = 0.0
@@ -100,8 +96,6 @@ class Admission:
     ) -> AsyncGenerator[T, None]:
         """The same outputs; what waits for its first one counts in the forecasts of others."""
         key, now, deadline = id(outputs), self.clock(), service.urgency.deadline
-        if not self._pending:
-            self._busy_since, self._num_tokens_done = now, 0
         predicted_s = self.predicted_ttft_s(deadline, num_tokens)
         self._pending[key] = _Pending(deadline, num_tokens, now, predicted_s)
         try:
@@ -115,16 +109,9 @@ class Admission:
 
     def _begin(self, key: int, service: Service) -> None:
         now, begun = self.clock(), self._pending.pop(key)
-        self._num_tokens_done += begun.num_tokens
         if begun.predicted_s > 0 and service.refuses_late:
             # Of those alone that jump the queue: others wait for whoever comes after them, too.
             error_s, self._error_time = now - begun.since - begun.predicted_s, now
             self._error_deviation_s += _WEIGHT * (abs(error_s - self._error_s) - self._error_deviation_s)
             self._error_s += _WEIGHT * (error_s - self._error_s)
         self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)
-        busy_s = now - self._busy_since
-        if busy_s >= _MIN_BUSY_S or not self._pending:
-            rate = self._num_tokens_done / max(busy_s, 1e-4)
-            old = self.tokens_per_s
-            self.tokens_per_s = rate if old is None else old + _WEIGHT * (rate - old)
-            self._busy_since, self._num_tokens_done = now, 0

@@ -60,6 +60,7 @@ class Replica:
             "num_waiting_tokens": stats.num_waiting_tokens,
             "num_free_blocks": stats.num_free_blocks,
             "last_step_s": stats.last_step_s,
+            "prompt_tokens_per_s": stats.prompt_tokens_per_s,
         }
 
     async def __del__(self) -> None:

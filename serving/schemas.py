@@ -326,3 +326,4 @@ class Stats(BaseModel):
     total_draft_tokens: int
     total_accepted_tokens: int
     last_step_s: float
+    prompt_tokens_per_s: float
