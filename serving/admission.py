@@ -32,10 +32,10 @@ class Admission:
     """Counts the requests of one replica, and foresees when a prompt would have its first token.
 
     The forecast: prompt tokens that are due no later, the own ones included, over the rate at which the
-    engine computes prompts. What it leaves out (the step that runs, the streams beside it) shows as its error, whose
-    mean and mean deviation are followed; a deadline is expected to be kept when forecast, mean error and
-    some deviations fit (as TCP sets its timeouts: Jacobson 1988). Errors are forgotten with time: who refuses
-    everything learns nothing. Nothing is refused before there is a rate.
+    engine computes prompts. What it leaves out (the step that runs, the streams beside it) shows as its
+    error, whose mean and mean deviation are followed; a deadline is expected to be kept when forecast,
+    mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988). Errors are forgotten with
+    time: who refuses everything learns nothing. Nothing is refused before there is a rate.
     """
 
     settings: ServingSettings
