@@ -349,6 +349,36 @@ def bench_engine(
     report.publish(rows, f"Engine, {shape}", json_path)
 
 
+@bench.command("router")
+def bench_router(
+    replicas: Annotated[str, typer.Option(help="Comma-separated.")] = "4,16",
+    load: Annotated[float, typer.Option(min=0.01, max=2, help="Share of the replicas' capacity.")] = 0.8,
+    traces: Annotated[
+        str | None, typer.Option(help="Comma-separated; the seven main ones by default.")
+    ] = None,
+    policies: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 2,
+    requests: Annotated[int, typer.Option(min=100, help="Requests a run; at least 100 a replica.")] = 10_000,
+    json_path: JsonPath = None,
+) -> None:
+    """The latency policy beside the usual ones, on simulated replicas with measured step times."""
+    from deploy.bench import report, router
+    from deploy.bench.router_traces import MAIN_TRACES, TRACES
+
+    names = traces.split(",") if traces else [trace.name for trace in MAIN_TRACES]
+    chosen = policies.split(",") if policies else list(router.POLICIES)
+    for option, given, known in (("--traces", names, TRACES), ("--policies", chosen, router.POLICIES)):
+        if unknown := [name for name in given if name not in known]:
+            raise fail(f"{option}: unknown {unknown[0]!r} (known: {', '.join(known)})")
+    try:
+        sizes = [int(n) for n in replicas.split(",")]
+    except ValueError:
+        raise fail(f"--replicas: {replicas!r} is not a list of numbers such as 4,16") from None
+    if min(sizes) < 2:
+        raise fail("--replicas: at least 2")
+    report.publish(router.run(sizes, load, names, chosen, seeds, requests), "Router", json_path)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -1,0 +1,207 @@
+"""The latency policy beside the usual ones, on simulated replicas: p99 TTFT, failures, decision time."""
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from deploy.bench.report import percentile
+from deploy.bench.router_simulation import Clock, Engine, Replica, Simulation
+from deploy.bench.router_traces import TRACES, Trace
+from serving.routing import (
+    LatencyPolicy,
+    LeastRequests,
+    Overloaded,
+    Policy,
+    PowerOfTwo,
+    PrefixAffinity,
+    RoundRobin,
+    RoutedRequest,
+    Router,
+)
+from serving.routing.fleet import Fleet
+from serving.routing.ledger import Flight
+from serving.routing.prefix_index import BLOCK_TOKENS, PrefixIndex
+from serving.routing.requests import Outcome
+from serving.routing.router import Choice
+
+ENGINE = Engine()
+POLICIES = ("latency", "round_robin", "least_requests", "power_of_two", "prefix_affinity", "oracle")
+SIMPLE = ("round_robin", "least_requests", "power_of_two")  # what the goal is measured against
+
+
+class Oracle:
+    """Sees the replicas themselves: queues, running steps, speed, health, and the answer's length.
+
+    It is greedy, as the latency policy is, with the same weight of the answer's end; it is what perfect
+    knowledge adds to that, and no bound on what any policy could do.
+    """
+
+    name = "oracle"
+
+    def __init__(self, replicas: dict[str, Replica], clock: Clock, output_of: Callable[[str], int]) -> None:
+        self._replicas, self._clock, self._output_of = replicas, clock, output_of
+        self._prefixes = PrefixIndex(len(replicas), ENGINE.kv_capacity_tokens // BLOCK_TOKENS)
+        self._on_the_way: deque[tuple[float, int, int]] = deque()  # arrival, slot, prompt tokens
+
+    def choose(self, request: RoutedRequest, fleet: Fleet, now_s: float) -> Choice | Overloaded:
+        saved = self._prefixes.match(request.block_hashes, fleet.num_slots)
+        while self._on_the_way and self._on_the_way[0][0] < now_s:
+            self._on_the_way.popleft()
+        coming = [0] * fleet.num_slots
+        for _, slot, tokens in self._on_the_way:
+            coming[slot] += tokens
+        output = self._output_of(request.request_id)
+        best, lowest = 0, math.inf
+        for slot in range(fleet.num_slots):
+            replica = self._replicas[fleet.replica_id(slot)]
+            own = max(1, request.prompt_tokens - int(saved[slot]))
+            score = self._score(replica, own + coming[slot], output, fleet)
+            if score < lowest:
+                best, lowest = slot, score
+        return Choice(best, "lowest true latency", saved_tokens=int(saved[best]))
+
+    def dispatched(self, flight: Flight) -> None:
+        self._prefixes.add(flight.slot, flight.request.block_hashes)
+        arrives_s = flight.dispatched_at_s + Simulation.network_s
+        self._on_the_way.append((arrives_s, flight.slot, flight.prefill_tokens))
+
+    def closed(self, flight: Flight, outcome: Outcome, output_tokens: int, now_s: float) -> None:
+        pass
+
+    def replica_removed(self, slot: int) -> None:
+        pass
+
+    def _score(self, replica: Replica, new_tokens: int, output_tokens: int, fleet: Fleet) -> float:
+        if replica.is_failing:
+            return math.inf
+        tokens = new_tokens + (replica.current.left if replica.current else 0)
+        for sequence in replica.waiting:
+            flight = fleet.ledger.find(sequence.request_id)
+            if flight is not None:
+                tokens += flight.prefill_tokens
+        steps, rest = divmod(tokens, ENGINE.chunk_tokens)
+        decode_s = ENGINE.decode_s(replica.num_active, replica.kv_decoding)
+        own_s = steps * (decode_s + ENGINE.prefill_s(ENGINE.chunk_tokens))
+        own_s += (decode_s + ENGINE.prefill_s(rest)) if rest else 0.0
+        queued = replica.num_running + len(replica.waiting)
+        answer_s = output_tokens * ENGINE.decode_s(queued + 1, replica.kv_decoding)
+        excess = max(0, queued + 1 - ENGINE.max_num_seqs) / ENGINE.max_num_seqs
+        return replica.step_left_s() + replica.slowness * (own_s + (0.1 + excess) * answer_s)
+
+
+def run(
+    replicas: Sequence[int],
+    load: float,
+    traces: Sequence[str],
+    policies: Sequence[str],
+    seeds: int,
+    requests: int,
+) -> list[dict[str, Any]]:
+    """One row for each trace, number of replicas and policy; percentiles over all seeds together.
+
+    load: arriving work over what the replicas can do at full batches, prompts counted as if nothing were
+    cached.
+    requests: a run's length; at least 100 a replica are sent.
+    """
+    rows = []
+    combinations = [(n, t, p) for n in replicas for t in traces for p in policies]
+    with tqdm(total=len(combinations) * seeds, unit="run", disable=None) as progress:
+        for number, trace, policy in combinations:
+            progress.set_description(f"{trace}, {number} replicas, {policy}")
+            results = []
+            for seed in range(seeds):
+                results.append(_simulate(TRACES[trace], policy, number, load, seed, requests))
+                progress.update()
+            rows.append(_row(trace, policy, number, load, results))
+    _compare(rows)
+    return rows
+
+
+def _policy(name: str, seed: int, fleet: dict[str, Replica], clock: Clock, outputs: list[int]) -> Policy:
+    rng = random.Random(f"policy {seed}")
+    blocks = ENGINE.kv_capacity_tokens // BLOCK_TOKENS
+    match name:
+        case "latency":
+            return LatencyPolicy(ENGINE.cost_model(Simulation.network_s), rng, len(fleet), blocks)
+        case "round_robin":
+            return RoundRobin()
+        case "least_requests":
+            return LeastRequests(rng)
+        case "power_of_two":
+            return PowerOfTwo(rng)
+        case "prefix_affinity":
+            return PrefixAffinity(rng, len(fleet), blocks)
+        case "oracle":
+            return Oracle(fleet, clock, lambda request_id: outputs[int(request_id.partition(".")[0])])
+    raise ValueError(f"unknown policy {name!r} (known: {', '.join(POLICIES)})")
+
+
+def _simulate(
+    trace: Trace, policy: str, number: int, load: float, seed: int, requests: int
+) -> tuple[list[float], int, int, list[float]]:
+    """TTFTs (s), failures, aborts before a first token, decision times (us), the first tenth left out."""
+    rng = random.Random(f"trace {seed}")  # the same arrivals for every policy
+    num_slow, num_failing = (
+        max(1, round(share * number)) if share else 0 for share in (trace.slow_share, trace.failing_share)
+    )
+    capacity = number - num_failing - 0.5 * num_slow
+    sample = [trace.lengths(rng) for _ in range(20_000)]
+    mean_prompt = sum(p for p, _ in sample) / len(sample) + trace.document_tokens
+    mean_output = sum(o for _, o in sample) / len(sample)
+    rate = load * capacity / ENGINE.request_s(mean_prompt, mean_output)
+    count = max(requests, 100 * number)
+    arrivals = list(trace.arrivals(rng, rate, count, number))
+    clock = Clock()
+    fleet = {
+        f"replica-{i}": Replica(
+            clock,
+            ENGINE,
+            slowness=2.0 if i < num_slow else 1.0,
+            is_failing=i < num_failing,
+        )
+        for i in range(number)
+    }
+    chooser = _policy(policy, seed, fleet, clock, [a.output_tokens for a in arrivals])
+    router = Router(chooser, clock, number)
+    result = Simulation(fleet, router, clock, random.Random(f"network {seed}"), trace.retry_s).run(arrivals)
+    measured = result.clients[count // 10 :]
+    ttfts = [Simulation.patience_s if c.has_failed else c.ttft_s for c in measured]
+    return (
+        [t for t in ttfts if t is not None],
+        sum(c.has_failed for c in measured),
+        sum(t is None for t in ttfts),
+        result.decisions_us[count // 10 :],
+    )
+
+
+def _row(trace: str, policy: str, number: int, load: float, results: Sequence[Any]) -> dict[str, Any]:
+    ttfts = [t for r in results for t in r[0]]
+    decisions = [t for r in results for t in r[3]]
+    return {
+        "trace": trace,
+        "policy": policy,
+        "replicas": number,
+        "load": load,
+        "requests": len(ttfts),
+        "ttft_ms_p50": round(percentile(ttfts, 0.5) * 1e3, 1),
+        "ttft_ms_p99": round(percentile(ttfts, 0.99) * 1e3, 1),
+        "failures": sum(r[1] for r in results),
+        "decision_us_p50": round(percentile(decisions, 0.5), 1),
+        "decision_us_p99": round(percentile(decisions, 0.99), 1),
+    }
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds `p99_of_best_simple`: p99 TTFT over that of the best simple policy in the same case."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["trace"], row["replicas"]), []).append(row)
+    for group in groups.values():
+        simple = [row["ttft_ms_p99"] for row in group if row["policy"] in SIMPLE]
+        if simple:
+            for row in group:
+                row["p99_of_best_simple"] = round(row["ttft_ms_p99"] / min(simple), 3)
