@@ -35,11 +35,12 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
             heights = [p99[size, trace, policy] for trace in traces]
             colour = "black" if policy == "oracle" else f"C{i}"
             axes.bar(places, heights, _WIDTH, label=policy, color=colour)
-        axes.set(title=f"{size} replicas", ylabel="p99 TTFT (ms)", yscale="log", ylim=(30, 50_000))
+        axes.set(title=f"{size} replicas", ylabel="p99 TTFT (ms)", yscale="log", ylim=(30, 100_000))
         axes.set_xticks(range(len(traces)), [trace.replace("_", " ") for trace in traces])
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    panels[0][0].legend(fontsize=8, ncols=len(POLICIES), loc="upper center")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=len(POLICIES), loc="outside upper center")
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
     plt.close(figure)
 
