@@ -130,7 +130,8 @@ class Ledger:
         """
         head = self._head_tokens[:num_slots]
         progress = (now_s - self._head_since_s[:num_slots]) * tokens_per_s
-        return self.pending_prefill[:num_slots] - np.minimum(progress, 0.75 * head)
+        remaining: FloatArray = self.pending_prefill[:num_slots] - np.minimum(progress, 0.75 * head)
+        return remaining
 
     def _count(self, flight: Flight, sign: int) -> None:
         slot = flight.slot
