@@ -10,15 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.cuda.packing import UNIT_COLUMNS
+from kernels.cuda.program import BLOCK_TOKENS
 from kernels.reference import activate, add_projection, apply_rope, rms_norm
 from kernels.types import AttentionWeights
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-BLOCK_TOKENS = 16  # of a KV block
-
-
-UNIT_COLUMNS = 256  # of packed weights
 
 Form = Literal["bf16", "fp8", "tiled"]
 """Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" the same in the order of `tiled`."""

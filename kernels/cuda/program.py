@@ -206,7 +206,8 @@ class PhaseList:
         first = 0
         for i, part in enumerate(weight.parts):
             own = None if bias is None else bias[first : first + part.n].contiguous()
-            m.segments[i] = self._segment(part, own)
+            m.segments[i] = segment_of(part, own)
+            self.tensors += [t for t in (part.data, part.row_factor, own) if t is not None]
             first += part.n
         for name, tensor in (
             ("x", _data(x)),
@@ -272,17 +273,6 @@ class PhaseList:
         if isinstance(buffer, Link):
             buffer.writings += is_written
             self._marks += [(phase, name, buffer, buffer.writings) for phase in phases]
-
-    def _segment(self, part: DeviceMatrix, bias: Tensor | None) -> _Segment:
-        return _Segment(
-            self._pointer(part.data),
-            self._pointer(part.row_factor),
-            self._pointer(bias),
-            part.n,
-            part.num_tiles,
-            part.format.unit_bytes,
-            DEVICE_FORMATS.index(part.format),
-        )
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -366,6 +356,19 @@ class StepProgram:
         )
         stream = torch.cuda.current_stream().cuda_stream
         check(library().peregrine_step(ctypes.byref(step), mma, num_blocks(), ctypes.c_void_p(stream)))
+
+
+def segment_of(matrix: DeviceMatrix, bias: Tensor | None = None) -> _Segment:
+    """Valid while the tensors live."""
+    return _Segment(
+        matrix.data.data_ptr(),
+        matrix.row_factor.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        matrix.n,
+        matrix.num_tiles,
+        matrix.format.unit_bytes,
+        DEVICE_FORMATS.index(matrix.format),
+    )
 
 
 def _data(buffer: Tensor | Link | None) -> Tensor | None:

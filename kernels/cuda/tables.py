@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.cuda.build import check, library
-from kernels.cuda.packing import DEVICE_FORMATS, UNIT_COLUMNS, DeviceMatrix, DeviceWeight
-from kernels.cuda.program import _Segment
+from kernels.cuda.packing import UNIT_COLUMNS, DeviceMatrix, DeviceWeight
+from kernels.cuda.program import _Segment, segment_of
 
-FP8 = torch.float8_e4m3fn
 _MAX_PIECES = 3
 _ZERO_UNIT = 256.0  # |scale * (u * 2^(8 - bits) - zero)| < 2^16: 254 at most, in this unit
 
@@ -33,7 +32,7 @@ def embed(
     `advance`: int32 positions, each not negative one of which moves on by one (a decode step's start).
     """
     (matrix,) = table.parts
-    segment, pointer = _segment(matrix), ctypes.c_void_p
+    segment, pointer = segment_of(matrix), ctypes.c_void_p
     check(
         library().peregrine_embed(
             ctypes.byref(segment),
@@ -98,7 +97,7 @@ def groups(weight: DeviceWeight, units: tuple[float, ...]) -> Iterator[tuple[Pie
         for part, unit in zip(parts[at : at + _MAX_PIECES], units[at : at + _MAX_PIECES], strict=True):
             if pieces.count and (part.format, unit) != (parts[at].format, units[at]):
                 break
-            pieces.segments[pieces.count] = _segment(part)
+            pieces.segments[pieces.count] = segment_of(part)
             pieces.first_rows[pieces.count] = first
             pieces.count += 1
             first += part.n
@@ -125,8 +124,3 @@ def _launch(weight: DeviceWeight, out: Tensor, row_scale: Tensor | None, units: 
 def stream() -> ctypes.c_void_p:
     """The current stream."""
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-
-
-def _segment(m: DeviceMatrix) -> _Segment:
-    fields = (m.n, m.num_tiles, m.format.unit_bytes, DEVICE_FORMATS.index(m.format))
-    return _Segment(m.data.data_ptr(), m.row_factor.data_ptr(), None, *fields)
