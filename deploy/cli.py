@@ -166,6 +166,9 @@ def quantize(
     trials: Annotated[int, typer.Option(help="Allocations to try on the true KL.")] = 1,
     windows: Annotated[int, typer.Option(help="Calibration texts.")] = 24,
     window: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = 512,
+    analysis: Annotated[
+        Path | None, typer.Option(help="Keeps the sensitivity analysis here, for further budgets.")
+    ] = None,
 ) -> None:
     """Quantize a checkpoint, each tensor to the bits it needs, under one budget."""
     from deploy import quantize as command
@@ -182,7 +185,7 @@ def quantize(
     try:
         budget = Budget(bits, None if memory_gb is None else int(memory_gb * 1e9), max_kl)
         options = Options(budget, chosen, windows, window=window, num_trials=trials)
-        result = command.run(resolve_model(model), out, options, calibration)
+        result = command.run(resolve_model(model), out, options, calibration, analysis)
     except (EngineError, ModelNotFoundError) as error:
         raise fail(str(error)) from None
     command.print_result(result, out, console)
@@ -275,7 +278,7 @@ def bench_quantization(
     methods: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     widths: Annotated[str, typer.Option(help="Widths that Peregrine's allocation may use.")] = "2,3,4,5,6,8",
     text: Annotated[Path | None, typer.Option(help="Held-out text; Python's own by default.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Keeps the analysis between runs.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Keeps the analysis and llama.cpp's files.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Peregrine's quantization beside rounding, GPTQ, HQQ and llama.cpp on one text."""

@@ -28,12 +28,14 @@ class _Progress:
             self._bar.close()
 
 
-def run(model: Path, out: Path, options: Options, calibration: Path | None) -> Result:
+def run(
+    model: Path, out: Path, options: Options, calibration: Path | None, analysis: Path | None = None
+) -> Result:
     """Quantize and write report.html. Raises what `engine.quantization.pipeline.quantize` raises."""
     documents = text.documents_of_file(calibration) if calibration else text.calibration_documents()
     progress = _Progress()
     try:
-        result = quantize(model, out, options, documents, progress)
+        result = quantize(model, out, options, documents, progress, analysis)
     finally:
         progress.close()
     write_report(result, model.name.removesuffix(".gguf"), out / "report.html")

@@ -22,6 +22,7 @@ from engine.quality.divergence import Divergence, compare, head_table, hidden_st
 from engine.quantization.allocation import Allocation, allocate, total_bytes, total_kl
 from engine.quantization.candidates import DEFAULT_BITS, candidate_formats
 from engine.quantization.choice import Choice, choose
+from engine.quantization.pipeline import analysis_plan
 from engine.quantization.quantizers import gptq, plain_scales, round_to_nearest
 from engine.quantization.sensitivity import (
     Sensitivities,
@@ -70,8 +71,10 @@ class Bench:
             head_table(self.checkpoint),
         )
         widths = tuple(widths)
-        workspace = Workspace(work / "analysis", {"model": self.name, "widths": list(widths)})
-        self.analysis = SensitivityAnalysis(self.layers, self.tokens, candidate_formats(widths), workspace)
+        plan = analysis_plan(path, self.tokens, widths)
+        analysed = Workspace(work / "analysis", plan, "work")
+        self.analysis = SensitivityAnalysis(self.layers, self.tokens, candidate_formats(widths), analysed)
+        self.trials = Workspace(work / "trials", {**plan, "text": text.content_sha256(documents)}, "work")
         self.found = Sensitivities([], {})
         self.tensors: list[TensorSensitivity] = []
         self.vector_bytes = self._vector_bytes()
@@ -111,7 +114,7 @@ class Bench:
         return int(bits * total / 8) - self.vector_bytes
 
     def carried_out(self, method: str, directory: str, choice: Choice) -> dict[str, Any]:
-        trial = Trial(directory, self.analysis, choice, self.held_out)
+        trial = Trial(directory, self.analysis, self.trials, choice, self.held_out)
         with tqdm(total=self.layers.config.num_layers + 1, desc=directory, unit="layer") as bar:
             trial.run(lambda: _advance(bar))
         nbytes = total_bytes(self.tensors, choice.formats)
@@ -152,7 +155,8 @@ class Bench:
         return self._measured(f"{method}-{name}", nbytes, d)
 
     def llama_cpp(self, kind: str, table: str | None, importance: Any, threads: int) -> dict[str, Any]:
-        source, target = self.work / "float32.gguf", self.work / f"{kind}.gguf"
+        name = kind + (f"-table-{table}" if table else "")
+        source, target = self.work / "float32.gguf", self.work / f"{name}.gguf"
         if not source.exists():
             llama_cpp_quants.export_float(self.path, source)
         llama_cpp_quants.quantize(source, target, kind, table, importance, threads)
@@ -160,9 +164,7 @@ class Bench:
         checkpoint = open_checkpoint(target)
         states = hidden_states(checkpoint, self.held_out)
         d = compare(states, head_table(checkpoint), self.reference, self.table, self.held_out)
-        target.unlink()
-        name = f"llama.cpp-{kind}" + (f"-table-{table}" if table else "")
-        return self._measured(name, nbytes - self.vector_bytes, d)
+        return self._measured(f"llama.cpp-{name}", nbytes - self.vector_bytes, d)
 
     def _vector_bytes(self) -> int:
         names = [n for i in range(self.layers.config.num_layers) for n in vector_names(self.checkpoint, i)]
@@ -232,7 +234,7 @@ def run(
     threads: int,
     held_out: Path | None,
 ) -> list[dict[str, Any]]:
-    """Rows of the chosen methods; `work` keeps the analysis between runs."""
+    """Rows of the chosen methods; `work` keeps the analysis and llama.cpp's files between runs."""
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(path, work or Path(temporary), widths, held_out)

@@ -84,7 +84,7 @@ def _time(depth: int) -> float:
         random_checkpoint(directory, depth)
         tokens = torch.randint(0, 1024, (_SEQUENCES, _LENGTH), generator=torch.Generator().manual_seed(0))
         layers = DecoderLayers(open_checkpoint(directory), _LENGTH)
-        workspace = Workspace(directory / "work", {})
+        workspace = Workspace(directory / "work", {}, "work")
         formats = candidate_formats(DEFAULT_BITS)
         start = time.perf_counter()
         SensitivityAnalysis(layers, tokens, formats, workspace).run()

@@ -6,7 +6,7 @@ short search over trials on the true KL divergence, and the files.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,17 @@ class Result:
 
 
 def quantize(
-    model: Path, out: Path, options: Options, documents: list[str], progress: Progress = lambda _s, _n: None
+    model: Path,
+    out: Path,
+    options: Options,
+    documents: list[str],
+    progress: Progress = lambda _s, _n: None,
+    analysis_directory: Path | None = None,
 ) -> Result:
     """Quantize the checkpoint `model` into the directory `out`.
 
-    `progress(stage, total)` is called after each of the `total` steps of a stage.
+    `progress(stage, total)` is called after each of the `total` steps of a stage. The sensitivity analysis is
+    kept in `analysis_directory`, if given, and found there by later runs of any budget.
 
     Raises:
         ModelLoadError: the checkpoint is damaged or not supported.
@@ -96,8 +102,10 @@ def quantize(
     windows = text.token_windows(tokenizer, documents, count, options.window)
     tokens, validation = windows[: options.num_windows], windows[options.num_windows :]
     layers = DecoderLayers(checkpoint, options.window)
-    workspace = Workspace(out / WORK_DIRECTORY, _plan(model, options, windows))
-    analysis = SensitivityAnalysis(layers, tokens, candidate_formats(options.widths), workspace)
+    plan = analysis_plan(model, tokens, options.widths)
+    workspace = Workspace(out / WORK_DIRECTORY, {**plan, **_trial_plan(options, validation)}, "out")
+    analysed = Workspace(analysis_directory or workspace.path("analysis"), plan, "analysis")
+    analysis = SensitivityAnalysis(layers, tokens, candidate_formats(options.widths), analysed)
     analysis.progress = lambda: progress("sensitivity", analysis.num_steps())
     found = analysis.run()
 
@@ -109,7 +117,7 @@ def quantize(
     )
     trials: list[Trial] = []
     while (choice := search.next([(t.choice, t.quality) for t in trials])) is not None:
-        trial = Trial(f"trial-{len(trials)}", analysis, choice, validation)
+        trial = Trial(f"trial-{len(trials)}", analysis, workspace, choice, validation)
         trial.run(lambda: progress("quantization", layers.config.num_layers + 1))
         trials.append(trial)
     best = trials[search.best([t.quality for t in trials])]
@@ -143,8 +151,8 @@ def _check(checkpoint: Checkpoint) -> None:
             raise ParameterError("model", f"{name} {getattr(config, name)} is not a multiple of 32")
 
 
-def _plan(model: Path, options: Options, windows: Tensor) -> dict[str, Any]:
-    """What makes two runs the same; a float's last bits may differ between versions of torch."""
+def analysis_plan(model: Path, tokens: Tensor, widths: Sequence[int]) -> dict[str, Any]:
+    """What makes two analyses the same; a float's last bits may differ between versions of torch."""
     digest = hashlib.sha256()
     for file in [*sorted(model.glob("*.safetensors")), model / "config.json"] if model.is_dir() else [model]:
         digest.update(f"{file.name}:{file.stat().st_size}".encode())
@@ -152,10 +160,23 @@ def _plan(model: Path, options: Options, windows: Tensor) -> dict[str, Any]:
             digest.update(content.read(1 << 20))
     return {
         "model": digest.hexdigest(),
-        "options": json.loads(json.dumps(asdict(options))),
-        "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "widths": list(widths),
+        "tokens": _digest(tokens),
         "torch": torch.__version__,
     }
+
+
+def _trial_plan(options: Options, validation: Tensor) -> dict[str, Any]:
+    """What two runs on one analysis must share to write the same bytes."""
+    return {
+        "budget": asdict(options.budget),
+        "trials": options.num_trials,
+        "validation": _digest(validation),
+    }
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def _vector_names(layers: DecoderLayers) -> Iterator[str]:

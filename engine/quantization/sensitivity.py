@@ -108,6 +108,10 @@ class SensitivityAnalysis:
             {i: [*map(_from_json, layer["rotated"])] for i, layer in enumerate(tried) if layer["rotated"]},
         )
 
+    def importance(self, layer: int) -> dict[str, Tensor]:
+        """Weights of the tokens by the first linear that shares the input, once `run` is through."""
+        return self.workspace.load_tensors(f"importance-{layer}.safetensors")
+
     @torch.inference_mode()
     def _forward(self) -> None:
         if self.workspace.has("forward.json"):

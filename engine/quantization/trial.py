@@ -14,6 +14,7 @@ from engine.quantization.choice import Choice
 from engine.quantization.passes import quantize_layer
 from engine.quantization.rotation import rotate_values
 from engine.quantization.sensitivity import SensitivityAnalysis
+from engine.quantization.workspace import Workspace
 
 _MICRO_BATCH = 4
 
@@ -28,13 +29,20 @@ class Quality(TypedDict):
 
 
 class Trial:
-    """Quantizes into the workspace under `<name>/`, one file a layer."""
+    """Quantizes into a workspace under `<name>/`, one file a layer."""
 
-    def __init__(self, name: str, analysis: SensitivityAnalysis, choice: Choice, validation: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        analysis: SensitivityAnalysis,
+        workspace: Workspace,
+        choice: Choice,
+        validation: Tensor,
+    ) -> None:
         self.choice = choice
         self.quality: Quality
         self._prefix = name
-        self._analysis, self._layers, self._workspace = analysis, analysis.layers, analysis.workspace
+        self._analysis, self._layers, self._workspace = analysis, analysis.layers, workspace
         self._validation = validation
 
     @torch.inference_mode()
@@ -77,7 +85,7 @@ class Trial:
         weights = self._layers.load(layer)
         if layer in self.choice.rotated_layers:
             weights = rotate_values(weights, self._layers.config.head_dim)
-        importance = self._workspace.load_tensors(f"importance-{layer}.safetensors")
+        importance = self._analysis.importance(layer)
         quantized, x = quantize_layer(
             self._layers, layer, weights, streams["x"], importance, self.choice.formats
         )

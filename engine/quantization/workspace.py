@@ -19,9 +19,12 @@ from engine.errors import ParameterError
 
 
 class Workspace:
-    """Named results in a directory."""
+    """Named results in a directory; one run at a time. `parameter` is the option that names the directory.
 
-    def __init__(self, directory: Path, plan: Mapping[str, Any]) -> None:
+    Raises ParameterError when the directory holds results of another plan.
+    """
+
+    def __init__(self, directory: Path, plan: Mapping[str, Any], parameter: str) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         for part in directory.rglob("*.part"):
@@ -30,7 +33,8 @@ class Workspace:
         path = directory / "plan.json"
         if path.exists() and path.read_text() != text:
             raise ParameterError(
-                "out", f"{directory} holds an unfinished run with other settings; remove it or finish it"
+                parameter,
+                f"{directory} holds a run with other settings; finish or remove it",
             )
         if not path.exists():
             write_atomically(path, lambda part: part.write_text(text))

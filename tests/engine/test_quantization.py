@@ -198,7 +198,7 @@ def test_a_layer_is_rotated_only_where_that_loses_less(tmp_path):
     layers = DecoderLayers(open_checkpoint(spiky_model(tmp_path / "model")), 48)
     tokens = torch.randint(0, 199, (6, 48), generator=torch.Generator().manual_seed(7))
     formats = candidate_formats((2, 3, 4, 8))
-    found = SensitivityAnalysis(layers, tokens, formats, Workspace(tmp_path / "work", {})).run()
+    found = SensitivityAnalysis(layers, tokens, formats, Workspace(tmp_path / "work", {}, "work")).run()
     budget = int(3.5 / 8 * sum(t.n * t.k for t in found.plain))
     chosen = choose(found, lambda tensors: allocate(tensors, budget))
     plain = choose(found, lambda tensors: allocate(tensors, budget), may_rotate=False)
@@ -376,12 +376,31 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
 def test_an_unfinished_run_with_other_settings_is_refused(tmp_path):
     model = small_model(tmp_path / "model")
     assert run_until(model, tmp_path / "out", 4) == -signal.SIGKILL
-    with pytest.raises(ParameterError, match="unfinished run with other settings"):
+    with pytest.raises(ParameterError, match=r"out: .* holds a run with other settings"):
         quantize(model, tmp_path / "out", Options(Budget(bits=3.0), **OPTIONS), TEXT)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ParameterError, match="holds other files"):
         quantize(model, tmp_path / "other", Options(Budget(bits=3.0), **OPTIONS), TEXT)
+
+
+def test_one_analysis_serves_several_budgets(tmp_path):
+    model = small_model(tmp_path / "model")
+    stages: list[str] = []
+    for bits in (4.0, 3.0):
+        options = Options(Budget(bits=bits), **OPTIONS)
+        quantize(model, tmp_path / f"alone-{bits}", options, TEXT)
+        stages.clear()
+        out, kept = tmp_path / f"shared-{bits}", tmp_path / "analysis"
+        times = {p: p.stat().st_mtime_ns for p in kept.glob("sensitivity-*")}
+        quantize(model, out, options, TEXT, lambda stage, _: stages.append(stage), kept)
+        assert files_of(out) == files_of(tmp_path / f"alone-{bits}")
+        assert all(p.stat().st_mtime_ns == before for p, before in times.items())
+    assert times
+    assert "sensitivity" in stages
+    other = small_model(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(ParameterError, match=r"analysis: .* holds a run with other settings"):
+        quantize(other, tmp_path / "out", options, TEXT, analysis_directory=tmp_path / "analysis")
 
 
 def test_too_little_text_is_refused(tmp_path):
