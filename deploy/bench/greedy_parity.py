@@ -1,0 +1,99 @@
+"""Greedy text of the GPU, token by token, against the same packed weights in float32 on the CPU.
+
+    python -m deploy.bench.greedy_parity CHECKPOINT... [--json FILE]
+
+Needs a Hopper GPU. Every token must be the float32 model's best one, or one that is as good as equal: keys,
+values and prompts are bfloat16, which moves logits a little. Each token that is not the best is listed with
+its distance in logits. By induction a run without any is float32's own greedy text. Drafts must change
+nothing.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch.nn import functional
+
+from deploy.bench import report
+from engine import EngineConfig, SamplingParams
+from engine.checkpoint import open_checkpoint
+from engine.core import EngineCore
+from engine.cuda import prefill
+from engine.messages import AddRequest
+from engine.quality.divergence import head_table, hidden_states
+from engine.quality.text import heldout_documents, token_windows
+
+_PROMPTS, _OUTPUTS, _LONGEST_PROMPT = 20, 128, 64
+_TIE = 0.04  # of the standard deviation of a row's logits
+
+
+def measure(model: Path, console: Console) -> dict[str, Any]:
+    """One row; raises AssertionError where a token is no tie or drafts change the text."""
+    checkpoint = open_checkpoint(model)
+    windows = token_windows(checkpoint.load_tokenizer(), heldout_documents(), _PROMPTS, _LONGEST_PROMPT)
+    prompts = [row[: 4 + 3 * i].tolist() for i, row in enumerate(windows)]
+    texts, seconds = _generate(model, prompts, speculative_tokens=0)
+    drafted, drafted_seconds = _generate(model, prompts, speculative_tokens=5)
+    assert drafted == texts, "drafts changed the text"
+    gaps = []
+    head = head_table(checkpoint)
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        states = hidden_states(checkpoint, torch.tensor([prompt + text]))[0]
+        logits = functional.linear(states[len(prompt) - 1 : -1], head)
+        best = logits.max(1)
+        chosen = logits.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
+        relative = (best.values - chosen) / logits.std(1)
+        for at in relative.nonzero().flatten().tolist():
+            gap = {"prompt": i, "output": at, "logits": float(best.values[at] - chosen[at])}
+            console.print({**gap, "of_std": float(relative[at])})
+            assert relative[at] < _TIE, (
+                f"prompt {i}, output {at}: {text[at]} is no tie with {best.indices[at]}"
+            )
+            gaps.append(gap)
+    return {
+        "model": model.name,
+        "tokens": sum(map(len, texts)),
+        "ties": len(gaps),
+        "largest_tie_logits": max((g["logits"] for g in gaps), default=0.0),
+        "batch_tok_s": round(sum(map(len, texts)) / seconds, 1),
+        "batch_tok_s_drafts": round(sum(map(len, texts)) / drafted_seconds, 1),
+    }
+
+
+def _generate(
+    model: Path, prompts: list[list[int]], speculative_tokens: int
+) -> tuple[list[list[int]], float]:
+    """Output tokens of each prompt, all running at once, and the seconds they took."""
+    core = EngineCore(
+        EngineConfig(
+            model=str(model),
+            max_model_len=512,
+            max_num_seqs=len(prompts),
+            num_blocks=1024,
+            speculative_tokens=speculative_tokens,
+        )
+    )
+    core.warm_up()
+    params = SamplingParams(temperature=0.0, max_tokens=_OUTPUTS, ignore_eos=True)
+    texts: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    start = time.perf_counter()
+    for name, prompt in zip(texts, prompts, strict=True):
+        core.add_request(AddRequest(name, tuple(prompt), params, start))
+    while core.has_work:
+        for output in core.step().outputs:
+            if output.token_id is not None:
+                texts[output.request_id].append(output.token_id)
+    return list(texts.values()), time.perf_counter() - start
+
+
+def main(models: list[Path], json_path: Annotated[Path | None, typer.Option("--json")] = None) -> None:
+    prefill.PRECISION = "bf16"  # what e4m3 prompts cost is prefill_divergence's question
+    rows = [measure(model, Console(stderr=True)) for model in models]
+    report.publish(rows, "Greedy text against float32", json_path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
