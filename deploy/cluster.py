@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -16,13 +18,17 @@ from deploy import ray_environment
 from deploy.config import PeregrineConfig
 from deploy.models import resolve_model
 from engine import EngineConfig
+from serving.state import package_version
+
+if TYPE_CHECKING:  # imports ray, which reads its environment then
+    from serving.replica import EngineFactory
 
 # What a replica's process takes beside weights and KV cache: interpreter, torch, Ray.
 _REPLICA_OVERHEAD_BYTES = 700 * 2**20
 _CLUSTER_OVERHEAD_BYTES = 900 * 2**20
 _DEFAULT_KV_BYTES = 2**30
 _OBJECT_STORE_BYTES = 80 * 2**20  # requests travel over HTTP; Ray's store only carries deployment code
-_APP_NAME = "peregrine"
+APP_NAME = "peregrine"
 _POLL_S = 0.2
 
 
@@ -53,12 +59,21 @@ def running_cluster(config: PeregrineConfig) -> Iterator[str]:
     if num_gpus == 0:
         _check_memory(engine, model, cluster.replicas)
 
+    with started(dataclasses.replace(config, engine=engine), num_gpus) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def started(
+    config: PeregrineConfig, num_gpus: int = 0, factory: "EngineFactory | None" = None
+) -> Iterator[str]:
+    """`running_cluster` for a configuration that is checked and resolved; `factory` as in `deploy`."""
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
-        ray_environment.prepare(cluster, temporary)
+        has_haproxy = ray_environment.prepare(config, temporary)
         with _ray(temporary, num_gpus):
-            _deploy(config, engine, num_gpus)
-            yield f"http://{cluster.host}:{cluster.port}"
+            deploy(config, num_gpus, has_haproxy=has_haproxy, factory=factory)
+            yield f"http://{config.cluster.host}:{config.cluster.port}"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,12 +106,24 @@ def _ray(temporary: Path, num_gpus: int) -> Iterator[None]:
         _reap(before)
 
 
-def _deploy(config: PeregrineConfig, engine: EngineConfig, num_gpus: int) -> None:
+def deploy(
+    config: PeregrineConfig,
+    num_gpus: int,
+    *,
+    has_haproxy: bool,
+    factory: "EngineFactory | None" = None,
+) -> None:
+    """Deploy, or change what is deployed, and wait until all of it runs.
+
+    factory: starts another engine than the configured one (tests).
+    Raises StartError.
+    """
     from ray import serve
     from ray.serve.api import _run
     from ray.serve.schema import LoggingConfig
 
-    from serving.replica import build_deployment
+    from serving.dispatch.deployment import build_router
+    from serving.replica import build_deployment, start_async_engine
 
     cluster = config.cluster
     serve.start(
@@ -108,21 +135,32 @@ def _deploy(config: PeregrineConfig, engine: EngineConfig, num_gpus: int) -> Non
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    deployment = build_deployment(config.serving).options(
+    deployment = build_deployment(config.serving, ray_environment.drain_s(config)).options(
         num_replicas=cluster.replicas,
         # On a GPU machine every replica has one whole GPU; on the CPU the engine's threads are its share.
         ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if num_gpus else 0},
     )
+    # Ray would take every deployment for a change of code and replace all replicas, also to scale.
+    deployment._version = _version_of(config.engine, config.serving)
+    application = deployment.bind(config.engine, config.serving, factory or start_async_engine)
+    if has_haproxy and config.routing.policy != "none":
+        router = build_router(config.routing, config.serving.tiers, deployment.name)
+        router._bound_deployment._version = _version_of(config.routing, config.serving.tiers)
+        application = application._with_ingress_request_router(router)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
-    _run(deployment.bind(engine, config.serving), name=_APP_NAME, route_prefix="/", _blocking=False)
+    _run(application, name=APP_NAME, route_prefix="/", _blocking=False)
     _wait_until_running(time.monotonic() + cluster.start_timeout_s)
+
+
+def _version_of(*configuration: object) -> str:
+    return hashlib.sha256(repr((package_version(), configuration)).encode()).hexdigest()[:12]
 
 
 def _wait_until_running(deadline: float) -> None:
     from ray import serve
 
     while time.monotonic() < deadline:
-        application = serve.status().applications.get(_APP_NAME)
+        application = serve.status().applications.get(APP_NAME)
         if application is not None:
             state = application.status.value
             if state == "RUNNING":

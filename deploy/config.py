@@ -1,4 +1,4 @@
-"""The YAML configuration: three sections, each key checked, unknown ones refused with the nearest valid."""
+"""The YAML configuration: four sections, each key checked, unknown ones refused with the nearest valid."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engine import EngineConfig, ParameterError
-from serving import ServingSettings
+from serving import RoutingSettings, ServingSettings
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -38,10 +38,11 @@ class PeregrineConfig:
 
     engine: EngineConfig
     serving: ServingSettings
+    routing: RoutingSettings
     cluster: ClusterSettings
 
 
-_SECTIONS = ("engine", "serving", "cluster")
+_SECTIONS = ("engine", "serving", "routing", "cluster")
 
 
 def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
@@ -63,6 +64,7 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None =
     return PeregrineConfig(
         engine=_build(EngineConfig, engine, "engine"),
         serving=_build(ServingSettings, sections["serving"], "serving"),
+        routing=_build(RoutingSettings, sections["routing"], "routing"),
         cluster=_build(ClusterSettings, sections["cluster"], "cluster"),
     )
 

@@ -1,20 +1,30 @@
 """The environment of Ray's processes. Ray reads it at import, so it is set before `import ray`."""
 
+import math
 import os
 import socket
 from pathlib import Path
 
-from deploy.config import ClusterSettings
+from deploy.config import ClusterSettings, PeregrineConfig
 
 LOOPBACK = "127.0.0.1"
 
 
-def prepare(cluster: ClusterSettings, temporary: Path) -> bool:
+# What a stream may take beyond its limit: the app ends it at the limit, this is the backstop's margin.
+DRAIN_MARGIN_S = 30.0
+
+
+def drain_s(config: PeregrineConfig) -> float:
+    """How long whoever leaves waits for the streams it has: the longest one allowed."""
+    return config.serving.request_timeout_s + DRAIN_MARGIN_S
+
+
+def prepare(config: PeregrineConfig, temporary: Path) -> bool:
     """Set what every process of this cluster shares. Returns whether HAProxy fronts the replicas.
 
     `temporary` holds all of Ray's files of this run; its path must be short (sockets lie in it).
     """
-    use_haproxy = _wants_haproxy(cluster)
+    use_haproxy = _wants_haproxy(config.cluster)
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -29,13 +39,27 @@ def prepare(cluster: ClusterSettings, temporary: Path) -> bool:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(temporary / "haproxy" / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(temporary / "haproxy"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(temporary / "haproxy" / "server-state"),
-        # Streams in flight at shutdown have the replicas' drain time, then the proxy goes.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        # Each change of the replicas starts a new HAProxy; the old one keeps its streams until they end.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(drain_s(config))),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # The router reads the prompt; HAProxy keeps as much to send a request again.
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(config.routing.max_request_bytes),
+        "RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": str(config.routing.routers_per_node),
+        # Sent again to another replica: what one could not be sent, was dropped before the first byte of an
+        # answer, or was answered with 503 (loading, leaving, engine gone). Generation has no side effects.
+        # A refusal is a 429 and stands.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         # How long a leaving replica listens on after the proxy was told (30 s by default): on one machine
         # the proxy knows within a second, and Ctrl-C should not take half a minute.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
+        # A request's connection is found by its peer's address, which uvicorn would replace by what a client
+        # says of itself.
+        "FORWARDED_ALLOW_IPS": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
     os.environ.update(settings)

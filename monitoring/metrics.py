@@ -10,6 +10,8 @@ LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.15, 0.2, 0.3,
     0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0,
 )  # fmt: skip
+# Actual over predicted: a quarter of it to four times, finest around 1.
+RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -32,6 +34,13 @@ METRICS: dict[str, Metric] = {
             "counter",
             "First tokens, by whether they kept their tier's deadline.",
             ("tier", "kept"),
+        ),
+        Metric(
+            "peregrine_route_ttft_ratio",
+            "histogram",
+            "Time to first token as it was, over what the router predicted for the request.",
+            (),
+            RATIO_BUCKETS,
         ),
         Metric("peregrine_http_requests_total", "counter", "HTTP responses.", ("route", "status")),
         Metric(

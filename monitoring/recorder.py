@@ -84,6 +84,10 @@ class Recorder:
         """Take in a request's first token."""
         self._metrics["peregrine_ttft_deadlines_total"].labels(tier, "yes" if is_kept else "no").inc()
 
+    def record_prediction(self, actual_over_predicted: float) -> None:
+        """Take in a first token whose time the router had predicted."""
+        self._metrics["peregrine_route_ttft_ratio"].observe(actual_over_predicted)
+
     def exposition(self) -> bytes:
         """The registry in Prometheus' text format."""
         return generate_latest(self._registry)

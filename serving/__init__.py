@@ -1,5 +1,6 @@
 """The HTTP APIs and the Ray Serve replica. Does no tensor work."""
 
+from serving.dispatch.settings import RoutingSettings
 from serving.settings import ServingSettings
 
-__all__ = ["ServingSettings"]
+__all__ = ["RoutingSettings", "ServingSettings"]

@@ -34,8 +34,6 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True) -> FastAPI:
     install_error_handlers(app)
     for router in (chat_router, completions_router, operations_router):
         app.include_router(router(state, _RESPONSES))
-    app.add_middleware(
-        FrontDoor, settings=state.settings, recorder=state.recorder, answers_with_id=answers_with_id
-    )
+    app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
     app.state.replica = state
     return app

@@ -10,27 +10,29 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from monitoring import Recorder
+from serving.dispatch.headers import PEREGRINE_ROUTE
+from serving.dispatch.reporter import Flight
 from serving.errors import ApiError
-from serving.settings import ServingSettings
+from serving.state import ReplicaState
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class FrontDoor:
-    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), once.
+    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()) and `flight`, once.
 
+    `flight` is the request in its router's books, None if no router sent it; whatever becomes of the request,
+    the router hears of its end from here.
     `answers_with_id`: put an `x-request-id` on every response (Ray Serve does so itself).
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServingSettings, recorder: Recorder, *, answers_with_id: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, state: ReplicaState, *, answers_with_id: bool) -> None:
         self._app = app
         self._answers_with_id = answers_with_id
-        self._settings = settings
-        self._recorder = recorder
-        self._keys = tuple(key.encode() for key in settings.api_keys)
+        self._state = state
+        self._settings = state.settings
+        self._recorder = state.recorder
+        self._keys = tuple(key.encode() for key in state.settings.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,18 +40,19 @@ class FrontDoor:
             return
         arrival = time.monotonic()
         headers = dict(scope["headers"])
-        scope.setdefault("state", {})["arrival_time"] = arrival
+        flight = self._flight(headers, arrival)
+        scope.setdefault("state", {}).update(arrival_time=arrival, flight=flight)
         status = 500
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._answers_with_id:
-                    message["headers"] = [
-                        *message.get("headers", []),
-                        (b"x-request-id", _request_id(headers)),
-                    ]
+                added = [(b"x-request-id", _request_id(headers))] if self._answers_with_id else []
+                if flight is not None:
+                    route = flight.explain(self._state.replica).encode("latin-1", "replace")
+                    added.append((PEREGRINE_ROUTE.encode(), route))
+                message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
         try:
@@ -59,9 +62,17 @@ class FrontDoor:
         except ApiError as error:
             await error.response()(scope, receive, send_noting_status)
         finally:
+            if flight is not None:  # no news where the route has told its end already
+                flight.ended("failed" if status >= 500 else "aborted")
             route = scope.get("route")
             path = getattr(route, "path", "unknown")
             self._recorder.record_http(path, status, time.monotonic() - arrival)
+
+    def _flight(self, headers: dict[bytes, bytes], arrival: float) -> Flight | None:
+        if self._state.links is None:
+            return None
+        text = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers.items()}
+        return self._state.links.flight(text, arrival)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self._keys or not path.startswith("/v1"):

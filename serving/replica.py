@@ -7,7 +7,6 @@ else is the app's and the engine's.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -15,14 +14,20 @@ from ray import serve
 from engine import EngineConfig, InferenceEngine
 from monitoring import Recorder
 from serving.app import create_app
+from serving.dispatch.messages import Hello, Report
+from serving.dispatch.reporter import RouterLinks
 from serving.settings import ServingSettings
 from serving.state import ReplicaState
+from serving.stream_guard import StreamGuard
 
 EngineFactory = Callable[[EngineConfig], Awaitable[InferenceEngine]]
 
 # One step of a large prefill may hold the engine for some seconds; three silent checks mean it is stuck.
 HEALTH_CHECK_PERIOD_S = 10.0
 HEALTH_CHECK_TIMEOUT_S = 35.0
+# Where the engine chooses its token budget by its device, this is told to routers: their residuals learn the
+# rest.
+_CHUNK_TOKENS = 512
 
 
 async def start_async_engine(config: EngineConfig) -> InferenceEngine:
@@ -39,8 +44,13 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineConfig, settings: ServingSettings, factory: EngineFactory = start_async_engine
     ) -> None:
-        context = serve.get_replica_context()
-        self._state = ReplicaState(settings, Recorder(), replica=context.replica_id.unique_id)
+        replica_id = serve.get_replica_context().replica_id
+        self._config = config
+        recorder = Recorder()
+        self._name = replica_id.to_full_id_str()
+        self._links = RouterLinks(self._hello, self._report, recorder)
+        self._guard = StreamGuard()
+        self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
         self._engine = await factory(config)
         self._state.ready(self._engine)
         self._publisher = asyncio.create_task(self._state.publish_stats())
@@ -51,17 +61,25 @@ class Replica:
     async def check_health(self) -> None:
         await self._engine.check_health()
 
-    def record_routing_stats(self) -> dict[str, Any]:
-        """Load for the request router, straight from the engine."""
+    def _hello(self) -> Hello:
+        config, stats = self._config, self._engine.stats()
+        return Hello(
+            self._name,
+            config.max_num_seqs,
+            config.token_budget or _CHUNK_TOKENS,
+            stats.num_blocks * config.block_size,
+        )
+
+    def _report(self) -> Report:
         stats = self._engine.stats()
-        return {
-            "num_running": stats.num_running,
-            "num_waiting": stats.num_waiting,
-            "num_waiting_tokens": stats.num_waiting_tokens,
-            "num_free_blocks": stats.num_free_blocks,
-            "last_step_s": stats.last_step_s,
-            "prompt_tokens_per_s": stats.prompt_tokens_per_s,
-        }
+        return Report(
+            stats.num_running,
+            stats.num_waiting_tokens,
+            (stats.num_blocks - stats.num_free_blocks) * self._config.block_size,
+            stats.total_steps,
+            stats.last_step_s,
+            stats.prompt_tokens_per_s,
+        )
 
     async def __del__(self) -> None:
         # Serve awaits this once, after the drain; a replica that failed to start has nothing to stop.
@@ -71,11 +89,16 @@ class Replica:
         self._publisher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._publisher
+        await self._links.close()
         await self._engine.shutdown()
+        self._guard.close()
 
 
-def build_deployment(settings: ServingSettings) -> serve.Deployment:
-    """The deployment, with every limit that Serve enforces set on purpose."""
+def build_deployment(settings: ServingSettings, drain_s: float) -> serve.Deployment:
+    """The deployment, with every limit that Serve enforces set on purpose.
+
+    drain_s: how long a replica that goes away may take to finish its streams.
+    """
     return serve.deployment(
         Replica,
         name="Replica",
@@ -84,8 +107,7 @@ def build_deployment(settings: ServingSettings) -> serve.Deployment:
         max_ongoing_requests=2 * settings.max_inflight_requests,
         # What is beyond both limits is refused by the proxy instead of piling up there without end.
         max_queued_requests=2 * settings.max_inflight_requests,
-        # A replica that goes away finishes its streams first; most answers end within 30 s.
-        graceful_shutdown_timeout_s=30.0,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,

@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from engine import InferenceEngine, RequestOutput, SamplingParams, Urgency
 from monitoring import Recorder
 from serving.admission import Admission
+from serving.dispatch.reporter import RouterLinks
 from serving.errors import ApiError, not_ready
 from serving.settings import ServingSettings
+from serving.stream_guard import StreamGuard
 from serving.tiers import Service
 
 _STATS_PERIOD_S = 0.5
@@ -24,12 +26,25 @@ def package_version() -> str:
 
 
 class ReplicaState:
-    """Holds the engine. Requests are admitted only between `ready` and `start_draining`."""
+    """Holds the engine. Requests are admitted only between `ready` and `start_draining`.
 
-    def __init__(self, settings: ServingSettings, recorder: Recorder, replica: str) -> None:
+    links: to the routers; None where there is none.
+    guard: of the streams, where this process may be killed alone.
+    """
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        recorder: Recorder,
+        replica: str,
+        links: RouterLinks | None = None,
+        guard: StreamGuard | None = None,
+    ) -> None:
         self.settings = settings
         self.recorder = recorder
         self.replica = replica
+        self.links = links
+        self.guard = guard
         self.created = int(time.time())
         self.admission = Admission(settings, recorder)
         self._engine: InferenceEngine | None = None

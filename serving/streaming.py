@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
+from engine import EngineDeadError
 from serving.errors import from_engine
+from serving.stream_guard import StreamGuard, chunked
 
 T = TypeVar("T")
 
@@ -22,19 +24,42 @@ class ClientGone(Exception):
 
 
 class SseResponse(StreamingResponse):
-    """Server-sent events from a generator, which is closed at once when the client leaves."""
+    """Server-sent events from a generator, which is closed at once when the client leaves.
+
+    guard: ends the stream with an error event if this process is killed.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], guard: StreamGuard | None = None) -> None:
         # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
         headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
         super().__init__(chunks, headers=headers)
         self._chunks = chunks
+        self._guard = guard
+        self._scope: Scope = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
+        watch = None
         async with contextlib.aclosing(self._chunks):
-            await super().stream_response(send)
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            try:
+                is_first = True
+                async for chunk in self._chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if is_first and self._guard is not None:
+                        watch = self._guard.watch(self._scope, _LAST_WORDS)
+                    is_first = False
+            finally:
+                if watch is not None and self._guard is not None:
+                    self._guard.release(watch)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(payload: object) -> bytes:
@@ -44,6 +69,9 @@ def event(payload: object) -> bytes:
 def error_event(error: Exception) -> bytes:
     """The error object as an event: the status line has long been sent."""
     return event(from_engine(error).body().model_dump())
+
+
+_LAST_WORDS = chunked(error_event(EngineDeadError("the replica's process ended")) + DONE)
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], deadline: float) -> T:

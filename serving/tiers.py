@@ -51,6 +51,15 @@ class Service:
     urgency: Urgency
 
 
+def tier_named(tiers: Mapping[str, Tier], name: object) -> Tier | None:
+    """The tier of a request that names it so (None: not at all); None where there is no such tier."""
+    return tiers.get(_canonical(name)) if name is None or isinstance(name, str) else None
+
+
+def _canonical(name: str | None) -> str:
+    return _ALIASES.get(name or "default", name or "default")
+
+
 def choose_service(
     tiers: Mapping[str, Tier], name: str | None, headers: Mapping[str, str], arrival_time: float
 ) -> Service:
@@ -60,8 +69,7 @@ def choose_service(
         ParameterError: no such tier.
         ApiError: 400, the header is no number of milliseconds in range.
     """
-    chosen = _ALIASES.get(name or "default", name or "default")
-    tier = tiers.get(chosen)
+    chosen, tier = _canonical(name), tier_named(tiers, name)
     if tier is None:
         allowed = ", ".join(sorted({*tiers, *_ALIASES}))
         raise ParameterError("service_tier", f"must be one of {allowed}, got {name!r}")

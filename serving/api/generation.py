@@ -1,6 +1,8 @@
 """What chat and completions have in common: admission, the deadline, collecting and streaming."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -10,7 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from engine import EngineDeadError, InferenceEngine, PositionLogprobs, RequestOutput, SamplingParams
-from serving.errors import ApiError
+from serving.dispatch.reporter import Flight, refusal_wait_s
+from serving.errors import ApiError, overloaded
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import DONE, ClientGone, SseResponse, error_event, unless_client_leaves
@@ -93,6 +96,11 @@ async def respond(
     """
     arrival: float = request.state.arrival_time
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
+    flight: Flight | None = request.state.flight
+    if (wait_s := refusal_wait_s(request.headers)) is not None:
+        state.recorder.record_refusal("router")
+        message = "Every replica is full, failing or leaving; retry later."
+        raise overloaded(message, max(state.settings.retry_after_s, math.ceil(wait_s)))
     service = choose_service(state.settings.tiers, service_tier, request.headers, arrival)
     with state.admit(service) as engine:
         job, presenter = await prepare(engine)
@@ -105,7 +113,7 @@ async def respond(
         )
         if not is_stream:
             try:
-                work = _collect(outputs, presenter)
+                work = _collect(outputs, presenter, flight)
                 body = await unless_client_leaves(request, work, deadline)
             except ClientGone:
                 return Response(status_code=499)  # nobody reads it; the log and the metrics do
@@ -114,14 +122,18 @@ async def respond(
             first = await unless_client_leaves(request, anext(outputs), deadline)
         except ClientGone:
             return Response(status_code=499)
+        if flight is not None:
+            flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
-    return SseResponse(_stream(state, outputs, first, presenter, job, deadline))
+    return SseResponse(_stream(state, outputs, first, presenter, job, deadline, flight), state.guard)
 
 
-async def _collect(outputs: Outputs, presenter: Presenter) -> BaseModel:
+async def _collect(outputs: Outputs, presenter: Presenter, flight: Flight | None) -> BaseModel:
     choices: dict[tuple[int, int], CollectedChoice] = {}
     usage = UsageCounter()
     async for number, output in outputs:
+        if flight is not None:
+            flight.first_token(time.monotonic())
         usage.add(number, output)
         choice = choices.setdefault((number, output.index), CollectedChoice())
         choice.text += output.text
@@ -132,6 +144,8 @@ async def _collect(outputs: Outputs, presenter: Presenter) -> BaseModel:
         if output.finish_reason is not None:
             choice.finish_reason = output.finish_reason
         choice.stop_reason = output.stop_reason
+    if flight is not None:
+        flight.ended("finished", usage.usage().completion_tokens)
     return presenter.complete(choices, usage.usage())
 
 
@@ -142,6 +156,7 @@ async def _stream(
     presenter: Presenter,
     job: Job,
     deadline: float,
+    flight: Flight | None,
 ) -> AsyncGenerator[bytes, None]:
     usage = UsageCounter()
     state.admission.num_inflight += 1
@@ -158,10 +173,14 @@ async def _stream(
                     number, output = await anext(outputs)
                 except StopAsyncIteration:
                     break
+        if flight is not None:
+            flight.ended("finished", usage.usage().completion_tokens)
         if job.include_usage:
             yield presenter.usage_chunk(usage.usage())
         yield DONE
     except Exception as error:
+        if flight is not None:
+            flight.ended("failed")
         yield error_event(error)
         yield DONE
     finally:

@@ -51,6 +51,9 @@ class Fleet:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __contains__(self, replica_id: str) -> bool:
+        return replica_id in self._slots
+
     def slot(self, replica_id: str) -> int:
         """Raises UnknownReplicaError."""
         try:

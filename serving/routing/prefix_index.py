@@ -8,6 +8,7 @@ import numpy as np
 from serving.routing.ledger import IntArray
 
 BLOCK_TOKENS = 16
+BYTES_PER_TOKEN = 4  # of English text, in the vocabularies of today's models
 
 
 def chain_hashes(token_ids: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> list[int]:
@@ -16,11 +17,20 @@ def chain_hashes(token_ids: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> 
     Equal hashes mean equal prefixes, so that no tree is needed (vLLM's automatic prefix caching). 64 bits are
     enough for a hint: the engine compares prefixes by its own hashes.
     """
+    ids = np.asarray(token_ids, np.int64)
+    return _chain(ids.tobytes(), block_tokens * ids.itemsize)
+
+
+def text_chain_hashes(text: bytes) -> list[int]:
+    """The same over a text that nobody has tokenized yet, in blocks of about as many tokens."""
+    return _chain(text, BLOCK_TOKENS * BYTES_PER_TOKEN)
+
+
+def _chain(data: bytes, block_bytes: int) -> list[int]:
     hashes: list[int] = []
     parent = b""
-    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
-        block = np.asarray(token_ids[end - block_tokens : end], np.int64).tobytes()
-        parent = hashlib.blake2b(parent + block, digest_size=8).digest()
+    for end in range(block_bytes, len(data) + 1, block_bytes):
+        parent = hashlib.blake2b(parent + data[end - block_bytes : end], digest_size=8).digest()
         hashes.append(int.from_bytes(parent, "little"))
     return hashes
 

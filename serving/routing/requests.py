@@ -61,6 +61,7 @@ class Decision:
     predicted_ttft_s: float | None = None
     predicted_tpot_s: float | None = None
     saved_tokens: int = 0
+    expected_output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

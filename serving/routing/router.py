@@ -110,7 +110,27 @@ class Router:
             choice.predicted_ttft_s,
             choice.predicted_tpot_s,
             choice.saved_tokens,
+            choice.expected_output_tokens,
         )
+
+    def adopt(self, request: RoutedRequest, replica_id: str, expected_output_tokens: int = 0) -> bool:
+        """Enter a request that arrived at a replica for which this router did not choose it: another router
+        did, or the proxy tried again elsewhere.
+
+        Where it was before counts as failed. False if it is on that replica already. Raises
+        UnknownReplicaError.
+        """
+        slot, now_s = self.fleet.slot(replica_id), self._clock()
+        before = self.fleet.ledger.find(request.request_id)
+        if before is not None:
+            if before.slot == slot:
+                return False
+            self._close(request.request_id, Outcome.FAILED, 0)
+        expected = before.expected_output_tokens if before else expected_output_tokens
+        flight = Flight(request, slot, 0, expected, now_s)
+        self.fleet.ledger.open(flight)
+        self.policy.dispatched(flight)
+        return True
 
     def first_token(self, request_id: str) -> bool:
         """False, as for the other events, if it changed nothing: the request is unknown or past that

@@ -33,6 +33,7 @@ def test_the_example_holds_the_defaults_and_every_key():
     engine_keys = {f.name for f in dataclasses.fields(config.engine)} - {"block_size", "num_blocks"}
     assert set(raw["engine"]) == engine_keys
     assert set(raw["serving"]) == set(type(config.serving).model_fields)
+    assert set(raw["routing"]) == set(type(config.routing).model_fields)
     assert set(raw["cluster"]) == set(type(config.cluster).model_fields)
 
 

@@ -1,0 +1,125 @@
+"""The request router as a Ray Serve deployment, one on each proxy's node.
+
+Ray Serve 2.60's HAProxy posts every POST request's body to /internal/route of this deployment and sends the
+request to the replica that the answer names (`Application._with_ingress_request_router`, the way of Ray's own
+LLM serving; private). Two more private parts: the long poll that lists the running replicas, and the
+controller's handle for it. All of Ray's private parts in use are in this file and in `deploy.cluster`.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from serving.dispatch.dispatcher import Dispatcher
+from serving.dispatch.listener import Listener
+from serving.dispatch.settings import INITIAL_COST, RoutingSettings, create_policy
+from serving.routing import CostEstimator, LatencyPolicy, Router
+from serving.tiers import Tier
+
+_TRUNCATED = "x-body-truncated"  # "<bytes sent>/<content length>"
+_SWEEP_PERIOD_S = 1.0
+_LISTED_TIMEOUT_S = 20.0
+
+
+@serve.ingress()
+class RequestRouter:
+    """Chooses the replica of each request; neither requests nor tokens pass through it."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: RoutingSettings, tiers: Mapping[str, Tier], replicas: str
+    ) -> None:
+        """replicas: name of the deployment, in this application, that serves the requests."""
+        policy = create_policy(settings.policy, random.Random())
+        estimator = CostEstimator(INITIAL_COST) if isinstance(policy, LatencyPolicy) else None
+        self._dispatcher = Dispatcher(
+            Router(policy, time.monotonic),
+            tiers,
+            time.monotonic,
+            estimator,
+            new_replica_delay_s=settings.new_replica_delay_s,
+        )
+        self._listener = Listener(self._dispatcher)
+        self._dispatcher.reply_to = await self._listener.start(ray.util.get_node_ip_address())
+        listed = asyncio.Event()
+        self._long_poll = _follow_replicas(self._dispatcher, replicas, listed)
+        async with asyncio.timeout(_LISTED_TIMEOUT_S):
+            await listed.wait()
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return Starlette(routes=[Route("/internal/route", self._route, methods=["POST"])])
+
+    def counters(self) -> dict[str, int]:
+        """The ledger's sums, for tests and for the curious."""
+        return self._dispatcher.counters()
+
+    async def _route(self, request: Request) -> Response:
+        body = await request.body()
+        _, _, full_length = request.headers.get(_TRUNCATED, "").partition("/")
+        answer = self._dispatcher.route(body, int(full_length) if full_length.isdigit() else len(body))
+        if answer is None:
+            return JSONResponse({"detail": "no replica"}, 503)
+        return JSONResponse({"replica_id": answer.replica_id, "request_headers": answer.headers})
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_PERIOD_S)
+            self._dispatcher.sweep()
+
+    async def __del__(self) -> None:
+        if not hasattr(self, "_sweeping"):
+            return
+        self._long_poll.stop()
+        self._sweeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._sweeping
+        await self._listener.close()
+
+
+def build_router(settings: RoutingSettings, tiers: Mapping[str, Tier], replicas: str) -> serve.Application:
+    """The application to attach to that of the deployment `replicas`.
+
+    How many run is the proxies' matter: RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE.
+    """
+    deployment = serve.deployment(
+        RequestRouter,
+        name="RequestRouter",
+        # A decision takes a fraction of a millisecond; what comes together waits in the socket, not for a
+        # place. The node of a proxy may have no CPU to spare in Ray's books.
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=10.0,
+    )
+    return deployment.bind(settings, dict(tiers), replicas)
+
+
+def _follow_replicas(dispatcher: Dispatcher, deployment: str, listed: asyncio.Event) -> Any:
+    """`listed` is set by the first list. Returns what is to be stopped."""
+    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
+    from ray.serve.context import _get_global_client
+
+    context = serve.get_replica_context()
+    key = (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(name=deployment, app_name=context.app_name))
+
+    def on_change(targets: Any) -> None:
+        dispatcher.list_replicas(r.actor_name for r in targets.running_replicas)
+        listed.set()
+
+    return LongPollClient(
+        _get_global_client()._controller,
+        {key: on_change},
+        call_in_event_loop=asyncio.get_running_loop(),
+        client_id=f"peregrine-router:{context.replica_id.unique_id}",
+    )

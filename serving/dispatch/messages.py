@@ -1,0 +1,85 @@
+"""What a replica tells a router: one JSON array a line, the type's name first."""
+
+import json
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from serving.routing.cost_estimate import EngineLimits, EngineSample
+
+EndReason = Literal["finished", "aborted", "failed"]
+END_REASONS: tuple[EndReason, ...] = ("finished", "aborted", "failed")
+MAX_LINE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First on every connection. `replica_id` is the name that the proxy knows the replica by."""
+
+    replica_id: str
+    max_num_seqs: int
+    chunk_tokens: int
+    kv_capacity_tokens: int
+
+    @property
+    def limits(self) -> EngineLimits:
+        return EngineLimits(self.max_num_seqs, self.chunk_tokens, self.kv_capacity_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Said to every router, so that those that did not choose the replica know its load too."""
+
+    flight_id: str
+    prompt_tokens: int
+    expected_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    flight_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    flight_id: str
+    reason: EndReason
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.reason not in END_REASONS:
+            raise ValueError(f"reason must be one of {', '.join(END_REASONS)}, got {self.reason!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The replica's load, a few times a second."""
+
+    num_running: int
+    num_waiting_tokens: int
+    kv_tokens: int
+    total_steps: int
+    step_s: float
+    prompt_tokens_per_s: float
+
+    @property
+    def sample(self) -> EngineSample:
+        return EngineSample(*astuple(self))
+
+
+Message = Hello | Arrived | FirstToken | Ended | Report
+_TYPES: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Hello, Arrived, FirstToken, Ended, Report)
+}
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps([type(message).__name__, *astuple(message)], separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Raises ValueError for anything but a message."""
+    try:
+        name, *fields = json.loads(line)
+        return _TYPES[name](*fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no message of a replica: {line[:80]!r}") from error

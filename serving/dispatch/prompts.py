@@ -1,0 +1,77 @@
+"""What a router can tell of a request from its body, without a tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+
+from serving.routing import RequestKind, RoutedRequest, chain_hashes, text_chain_hashes
+from serving.routing.prefix_index import BYTES_PER_TOKEN
+from serving.tiers import Tier, tier_named
+
+# Whose first token may take longer than this has nobody waiting for it.
+_INTERACTIVE_TTFT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    num_tokens: int
+    block_hashes: list[int]
+
+
+def routed_request(flight_id: str, body: bytes, num_bytes: int, tiers: Mapping[str, Tier]) -> RoutedRequest:
+    """Never fails: what the body does not say, or says wrongly, is left out; the replica refuses it.
+
+    body: the request's body, or its beginning.
+    num_bytes: the length of the whole body.
+    """
+    try:
+        parsed = from_json(body, allow_partial="trailing-strings")
+    except ValueError:
+        parsed = None
+    fields: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+    prompt = _prompt_of(fields)
+    missing = max(0, num_bytes - len(body)) // BYTES_PER_TOKEN
+    tier = tier_named(tiers, fields.get("service_tier"))
+    return RoutedRequest(
+        flight_id,
+        prompt_tokens=max(1, prompt.num_tokens + missing),
+        max_output_tokens=_positive(fields.get("max_completion_tokens"))
+        or _positive(fields.get("max_tokens")),
+        block_hashes=prompt.block_hashes,
+        kind=RequestKind.BATCH if tier and tier.ttft_s > _INTERACTIVE_TTFT_S else RequestKind.INTERACTIVE,
+        ttft_budget_s=tier.ttft_s if tier else None,
+    )
+
+
+def _prompt_of(fields: dict[str, Any]) -> _Prompt:
+    messages, prompt = fields.get("messages"), fields.get("prompt")
+    if isinstance(messages, list):
+        return _of_text("".join(_text_of(m) for m in messages))
+    if isinstance(prompt, list) and prompt and all(isinstance(p, int) for p in prompt):
+        return _Prompt(len(prompt), chain_hashes(prompt))
+    if isinstance(prompt, list):
+        # Several prompts run side by side; only the first one's beginning can be looked up.
+        texts = [p for p in prompt if isinstance(p, str)]
+        first = _of_text(texts[0]) if texts else _Prompt(0, [])
+        return _Prompt(sum(map(len, texts)) // BYTES_PER_TOKEN, first.block_hashes)
+    return _of_text(prompt) if isinstance(prompt, str) else _Prompt(0, [])
+
+
+def _text_of(message: Any) -> str:
+    if not isinstance(message, dict):
+        return ""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return f"\n{message.get('role')}: {content or ''}"
+
+
+def _of_text(text: str) -> _Prompt:
+    data = text.encode(errors="replace")
+    return _Prompt(len(data) // BYTES_PER_TOKEN, text_chain_hashes(data))
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,176 @@
+"""The replica's side: tells the routers what becomes of the requests that they sent."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+from monitoring import Recorder
+from serving.dispatch.headers import FLIGHT, REFUSE, REPLY_TO, ROUTE, SIZE, predicted_ttft_s
+from serving.dispatch.messages import Arrived, Ended, EndReason, FirstToken, Hello, Message, Report, encode
+
+logger = logging.getLogger(__name__)
+
+_REPORT_PERIOD_S = 0.25
+_CONNECT_TIMEOUT_S = 2.0
+# A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
+_MAX_UNSENT_BYTES = 2**20
+
+
+class Flight:
+    """One request on this replica, as the routers know it. Each event counts once, later ones are ignored."""
+
+    def __init__(
+        self,
+        arrived: Arrived,
+        route: str,
+        send: Callable[[Message], None],
+        arrival_s: float,
+        recorder: Recorder,
+    ) -> None:
+        self.route = route
+        self.ttft_s: float | None = None
+        self.has_ended = False
+        self._arrived, self._send, self._arrival_s, self._recorder = arrived, send, arrival_s, recorder
+        send(arrived)
+
+    def first_token(self, now_s: float) -> None:
+        """`now_s` is on the clock that the arrival was stamped with."""
+        if self.ttft_s is not None or self.has_ended:
+            return
+        self.ttft_s = now_s - self._arrival_s
+        self._send(FirstToken(self._arrived.flight_id))
+        if (predicted_s := predicted_ttft_s(self.route)) and self.ttft_s > 0:
+            self._recorder.record_prediction(self.ttft_s / predicted_s)
+
+    def ended(self, reason: EndReason, output_tokens: int = 0) -> None:
+        if not self.has_ended:
+            self.has_ended = True
+            self._send(Ended(self._arrived.flight_id, reason, output_tokens))
+
+    def history(self) -> list[Message]:
+        """What was said of it so far, for a router that was not there."""
+        flight_id = self._arrived.flight_id
+        return [self._arrived] if self.ttft_s is None else [self._arrived, FirstToken(flight_id)]
+
+    def explain(self, replica: str) -> str:
+        """The value of the `x-peregrine-route` header."""
+        actual = "" if self.ttft_s is None else f"; actual-ttft-ms={self.ttft_s * 1e3:.1f}"
+        return f"replica={replica}; {self.route}{actual}"
+
+
+class RouterLinks:
+    """Connections to the routers, opened when the first request names one and kept until either side goes.
+
+    Every router hears of every request, so that several of them have the same books but for the time that a
+    message takes; one that is new is told of what is open.
+
+    hello: this replica's name and limits, once the engine is there.
+    report: its load now.
+    All methods belong to one event loop; none of them waits.
+    """
+
+    def __init__(self, hello: Callable[[], Hello], report: Callable[[], Report], recorder: Recorder) -> None:
+        self._hello, self._report, self._recorder = hello, report, recorder
+        self._links: dict[str, _Link] = {}
+        self._open: dict[str, Flight] = {}
+
+    def flight(self, headers: Mapping[str, str], arrival_s: float) -> Flight | None:
+        """None for a request that no router sent."""
+        flight_id, reply_to = headers.get(FLIGHT), headers.get(REPLY_TO)
+        if not flight_id or not reply_to:
+            return None
+        if reply_to not in self._links or self._links[reply_to].is_closed:
+            self._links = {address: link for address, link in self._links.items() if not link.is_closed}
+            known = [message for flight in self._open.values() for message in flight.history()]
+            self._links[reply_to] = _Link(reply_to, self._hello, self._report, known)
+        arrived = Arrived(flight_id, *_size(headers))
+        flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)
+        self._open[flight_id] = flight
+        return flight
+
+    async def close(self) -> None:
+        for link in self._links.values():
+            await link.close()
+
+    def _send(self, message: Message) -> None:
+        if isinstance(message, Ended):
+            self._open.pop(message.flight_id, None)
+        for link in self._links.values():
+            link.send(message)
+
+
+def _size(headers: Mapping[str, str]) -> tuple[int, int]:
+    prompt, _, output = headers.get(SIZE, "").partition("/")
+    return (int(prompt) if prompt.isdigit() else 1), (int(output) if output.isdigit() else 0)
+
+
+def refusal_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds after which a client is to try again, where the router found no replica for the request."""
+    try:
+        return max(0.0, float(headers[REFUSE]))
+    except (KeyError, ValueError):
+        return None
+
+
+class _Link:
+    """One router. What is sent before the connection stands waits for it."""
+
+    def __init__(
+        self,
+        address: str,
+        hello: Callable[[], Hello],
+        report: Callable[[], Report],
+        known: list[Message],
+    ) -> None:
+        """known: what to say first."""
+        self._address, self._hello, self._report = address, hello, report
+        self._waiting: list[bytes] | None = [encode(message) for message in known]
+        self._writer: asyncio.StreamWriter | None = None
+        self.is_closed = False
+        self._task = asyncio.create_task(self._run())
+
+    def send(self, message: Message) -> None:
+        if self.is_closed:
+            return
+        if self._writer is None:
+            assert self._waiting is not None
+            self._waiting.append(encode(message))
+            return
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self.is_closed = True
+            self._writer.transport.abort()
+            return
+        self._writer.write(encode(message))
+
+    async def close(self) -> None:
+        self.is_closed = True
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        host, _, port = self._address.rpartition(":")
+        writer = None
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(encode(self._hello()))
+            writer.write(b"".join(self._waiting or ()))
+            self._waiting, self._writer = None, writer
+            reporting = asyncio.create_task(self._report_load())
+            try:
+                await reader.read()  # a router says nothing: this returns when it closes
+            finally:
+                reporting.cancel()
+        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+            logger.warning("no router at %s: %s", self._address, error)
+        finally:
+            self.is_closed = True
+            if writer is not None:
+                writer.close()
+
+    async def _report_load(self) -> None:
+        while True:
+            self.send(self._report())
+            await asyncio.sleep(_REPORT_PERIOD_S)

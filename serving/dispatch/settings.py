@@ -1,0 +1,62 @@
+"""The `routing` section of the configuration, and the policy that it asks for."""
+
+import random
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.routing import (
+    CostModel,
+    LatencyPolicy,
+    LeastRequests,
+    Policy,
+    PowerOfTwo,
+    PrefixAffinity,
+    RoundRobin,
+)
+
+PolicyName = Literal["latency", "round_robin", "least_requests", "power_of_two", "prefix_affinity", "none"]
+
+# Before the first replica has said how fast it is: an 8B model on one H100, roughly. Only ratios matter then.
+INITIAL_COST = CostModel(
+    step_base_s=0.002,
+    step_per_active_s=0.0001,
+    step_per_kv_token_s=0.0,
+    prefill_step_s=0.0,
+    prefill_token_s=0.00004,
+    chunk_tokens=512,
+    max_num_seqs=64,
+    kv_capacity_tokens=200_000,
+    overhead_s=0.002,
+)
+
+
+class RoutingSettings(BaseModel):
+    """How requests find their replica. Needs HAProxy; without it Ray Serve's own proxy chooses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: PolicyName = "latency"
+    """`none`: HAProxy's least connections, without a router."""
+    max_request_bytes: int = Field(default=2**20, ge=16_384, le=16 * 2**20)
+    """Of a request's body, what the router sees; it is also what is kept to send a request again to another
+    replica, so that longer ones are not retried once a replica has read them."""
+    routers_per_node: int = Field(default=2, ge=1, le=8)
+    """On each node with a proxy; one that is replaced or has failed leaves the others to be asked."""
+    new_replica_delay_s: float = Field(default=2.0, ge=0, le=60)
+    """A new replica gets requests only that long after the router heard of it: the proxy must know it."""
+
+
+def create_policy(name: PolicyName, rng: random.Random) -> Policy:
+    match name:
+        case "latency":
+            return LatencyPolicy(INITIAL_COST, rng)
+        case "round_robin":
+            return RoundRobin()
+        case "least_requests":
+            return LeastRequests(rng)
+        case "power_of_two":
+            return PowerOfTwo(rng)
+        case "prefix_affinity":
+            return PrefixAffinity(rng)
+    raise ValueError(f"policy {name!r} needs no router")

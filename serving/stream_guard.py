@@ -1,0 +1,139 @@
+"""What a stream's client gets to read when the replica's process is killed.
+
+A killed process cannot write, and a proxy in front can only cut the connection. So a second process holds
+duplicates of the streams' sockets (`stream_guard_process`): the kernel keeps such a connection open after
+the replica's death, and the guard ends it with an error event and the last chunk.
+"""
+
+import itertools
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from serving import stream_guard_process
+from serving.stream_guard_process import KEY_BYTES, MAX_MESSAGE_BYTES
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 5.0
+
+Address = tuple[str, int]
+
+
+class StreamGuard:
+    """The guard of one replica process. All methods belong to the event loop; none of them waits.
+
+    It fails open: where a connection cannot be found or the guard is gone, streams run on without it.
+    """
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._control: socket.socket | None = ours
+        command = [sys.executable, "-I", "-S", stream_guard_process.__file__, str(theirs.fileno())]
+        with theirs:
+            # A session of its own: what ends the replica's group must not end the guard with it.
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        self._keys = itertools.count()
+        self._descriptors: dict[tuple[Address, Address], int] = {}
+
+    def watch(self, scope: Mapping[str, Any], last_words: bytes) -> bytes | None:
+        """Say `last_words` (an HTTP/1.1 body's bytes) on this request's connection if this process dies.
+
+        To be called once part of the body was sent, so that a connection that has answered nothing yet is
+        cut, and the request tried elsewhere. Returns what `release` takes.
+        """
+        if self._control is None or scope.get("http_version") != "1.1":
+            return None
+        if len(last_words) > MAX_MESSAGE_BYTES - 1 - KEY_BYTES:
+            raise ValueError(f"last_words: at most {MAX_MESSAGE_BYTES - 1 - KEY_BYTES} bytes")
+        descriptor = self._descriptor(scope)
+        if descriptor is None:
+            return None
+        key = next(self._keys).to_bytes(KEY_BYTES, "little")
+        return key if self._send(b"W" + key + last_words, [descriptor]) else None
+
+    def release(self, key: bytes) -> None:
+        """The stream ends by itself. Before its last chunk, so that nothing is ever said after it."""
+        self._send(b"R" + key, [])
+
+    def close(self) -> None:
+        """When no stream is open any more: the guard ends without a word."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, message: bytes, descriptors: list[int]) -> bool:
+        if self._control is None:
+            return False
+        try:
+            socket.send_fds(self._control, [message], descriptors)
+        except OSError as error:
+            # A guard that misses a release would hold connections open: it must not live on.
+            logger.error("the stream guard is gone, a kill will cut streams without an event: %s", error)
+            self._process.kill()
+            self._control.close()
+            self._control = None
+            return False
+        return True
+
+    def _descriptor(self, scope: Mapping[str, Any]) -> int | None:
+        """The request's connection. ASGI names its two addresses only; descriptors are looked through once
+        for each connection.
+        """
+        if not scope.get("client") or not scope.get("server"):
+            return None
+        ends = (_address(scope["client"]), _address(scope["server"]))
+        known = self._descriptors.get(ends)
+        if known is not None and _ends(known) == ends:
+            return known
+        self._descriptors = {found: descriptor for descriptor, found in _connections()}
+        return self._descriptors.get(ends)
+
+
+def chunked(body: bytes) -> bytes:
+    """A body's last part as HTTP/1.1 chunks."""
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+def _connections() -> Iterator[tuple[int, tuple[Address, Address]]]:
+    for name in os.listdir("/proc/self/fd"):
+        if (ends := _ends(int(name))) is not None:
+            yield int(name), ends
+
+
+def _ends(descriptor: int) -> tuple[Address, Address] | None:
+    """(peer, own) addresses of a connected IP socket, None for anything else."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return None
+        with _borrowed(descriptor) as connection:
+            if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                return None
+            return _address(connection.getpeername()), _address(connection.getsockname())
+    except OSError:
+        return None
+
+
+@contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    connection = socket.socket(fileno=descriptor)
+    try:
+        yield connection
+    finally:
+        connection.detach()
+
+
+def _address(address: Any) -> Address:
+    return str(address[0]), int(address[1])

@@ -1,0 +1,38 @@
+"""A dispatcher on a clock that tests turn."""
+
+import json
+
+from serving.dispatch.dispatcher import Answer, Dispatcher
+from serving.dispatch.headers import FLIGHT
+from serving.dispatch.messages import Hello, Report
+from serving.routing import CostEstimator
+from serving.tiers import TIERS
+from tests.serving.routing.helpers import COST, ManualClock, make_router
+
+BODY = json.dumps({"prompt": "Hello there", "max_tokens": 5}).encode()
+
+
+def make_dispatcher(num_replicas: int = 2, **rest) -> tuple[Dispatcher, ManualClock]:
+    router, _, clock = make_router(0)
+    dispatcher = Dispatcher(router, TIERS, clock, CostEstimator(COST), reply_to="h:1", **rest)
+    dispatcher.list_replicas(f"r{i}" for i in range(num_replicas))
+    return dispatcher, clock
+
+
+def hello(replica_id: str) -> Hello:
+    return Hello(replica_id, max_num_seqs=64, chunk_tokens=512, kv_capacity_tokens=100_000)
+
+
+def report(total_steps: int, num_running: int = 1) -> Report:
+    return Report(num_running, 0, 0, total_steps, 0.01, 1000.0)
+
+
+def send(dispatcher: Dispatcher, body: bytes = BODY) -> tuple[str, str]:
+    """Flight and replica."""
+    answer = dispatcher.route(body, len(body))
+    assert isinstance(answer, Answer)
+    return answer.headers[FLIGHT], answer.replica_id
+
+
+def is_empty(dispatcher: Dispatcher) -> bool:
+    return not any(dispatcher.counters().values())

@@ -1,0 +1,112 @@
+"""The guard speaks when its replica is killed, and only then."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from serving.stream_guard import StreamGuard, chunked
+
+WORDS = chunked(b'data: {"error":{}}\n\n')
+TIMEOUT_S = 20.0
+
+# A replica of a few lines: answers two connections with the beginning of a body, lets one go, then waits.
+REPLICA = """
+import socket, sys, time
+from serving.stream_guard import StreamGuard, chunked
+guard = StreamGuard()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+for ends_well in (False, True):
+    connection, peer = listener.accept()
+    connection.recv(100)
+    connection.sendall(b"5\\r\\nhello\\r\\n")
+    scope = {"client": peer, "server": connection.getsockname(), "http_version": "1.1"}
+    key = guard.watch(scope, chunked(b'data: {"error":{}}\\n\\n'))
+    assert key is not None
+    if ends_well:
+        guard.release(key)
+        connection.sendall(b"0\\r\\n\\r\\n")
+    else:
+        open_one = connection
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def read_all(connection: socket.socket) -> bytes:
+    data = b""
+    while part := connection.recv(4096):
+        data += part
+    return data
+
+
+def test_a_killed_process_leaves_last_words_on_its_open_streams_alone():
+    replica = subprocess.Popen([sys.executable, "-c", REPLICA], stdout=subprocess.PIPE, text=True)
+    try:
+        address = ("127.0.0.1", int(replica.stdout.readline()))
+        with (
+            socket.create_connection(address, TIMEOUT_S) as cut,
+            socket.create_connection(address, TIMEOUT_S) as whole,
+        ):
+            cut.sendall(b"x")
+            whole.sendall(b"x")
+            assert replica.stdout.readline() == "ready\n"
+            os.kill(replica.pid, signal.SIGKILL)
+            assert read_all(cut) == b"5\r\nhello\r\n" + WORDS
+            assert read_all(whole) == b"5\r\nhello\r\n0\r\n\r\n"
+    finally:
+        replica.kill()
+        replica.wait(TIMEOUT_S)
+        replica.stdout.close()
+
+
+@pytest.fixture
+def connection():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), TIMEOUT_S)
+        server, peer = listener.accept()
+        with client, server:
+            yield client, server, {"client": peer, "server": server.getsockname(), "http_version": "1.1"}
+
+
+def test_a_released_connection_closes_when_the_replica_closes_it(connection):
+    client, server, scope = connection
+    guard = StreamGuard()
+    for _ in range(3):
+        guard.release(guard.watch(scope, WORDS))
+    server.close()
+    assert read_all(client) == b""
+    guard.close()
+
+
+def test_a_guard_that_was_killed_is_done_without(connection):
+    client, server, scope = connection
+    guard = StreamGuard()
+    os.kill(guard._process.pid, signal.SIGKILL)
+    guard._process.wait(TIMEOUT_S)
+    assert guard.watch(scope, WORDS) is None
+    assert guard.watch(scope, WORDS) is None
+    server.sendall(b"still there")
+    assert client.recv(100) == b"still there"
+    guard.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"client": ("127.0.0.1", 1)}, {"client": None}, {"http_version": "1.0"}, {"server": None}]
+)
+def test_what_cannot_be_guarded_runs_on(connection, change):
+    _, _, scope = connection
+    guard = StreamGuard()
+    assert guard.watch({**scope, **change}, WORDS) is None
+    guard.close()
+
+
+def test_too_many_last_words_are_an_error(connection):
+    guard = StreamGuard()
+    with pytest.raises(ValueError, match="at most"):
+        guard.watch(connection[2], b"x" * 70_000)
+    guard.close()
