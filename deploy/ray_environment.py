@@ -51,7 +51,11 @@ def prepare(config: PeregrineConfig, temporary: Path) -> bool:
         # answer, or was answered with 503 (loading, leaving, engine gone). Generation has no side effects.
         # A refusal is a 429 and stands.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
-        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        # HAProxy goes with its actor, which Ray starts again after three failed checks.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # One whose engine hangs would drain streams that never end.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         # How long a leaving replica listens on after the proxy was told (30 s by default): on one machine
         # the proxy knows within a second, and Ctrl-C should not take half a minute.

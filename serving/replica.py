@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI
 from ray import serve
 
-from engine import EngineConfig, InferenceEngine
+from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
 from serving.app import create_app
 from serving.dispatch.messages import Hello, Report
@@ -22,9 +22,9 @@ from serving.stream_guard import StreamGuard
 
 EngineFactory = Callable[[EngineConfig], Awaitable[InferenceEngine]]
 
-# One step of a large prefill may hold the engine for some seconds; three silent checks mean it is stuck.
-HEALTH_CHECK_PERIOD_S = 10.0
-HEALTH_CHECK_TIMEOUT_S = 35.0
+# Serve takes a replica for unhealthy after three failed checks in a row.
+HEALTH_CHECK_PERIOD_S = 2.0
+_HEALTH_CHECK_MARGIN_S = 5.0
 # Where the engine chooses its token budget by its device, this is told to routers: their residuals learn the
 # rest.
 _CHUNK_TOKENS = 512
@@ -49,6 +49,7 @@ class Replica:
         recorder = Recorder()
         self._name = replica_id.to_full_id_str()
         self._links = RouterLinks(self._hello, self._report, recorder)
+        self._is_hung = False
         self._guard = StreamGuard()
         self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
         self._engine = await factory(config)
@@ -59,7 +60,20 @@ class Replica:
         return create_app(self._state, answers_with_id=False)
 
     async def check_health(self) -> None:
-        await self._engine.check_health()
+        """Raises EngineDeadError where the engine is gone, or gave no sign of life for `hung_after_s`.
+
+        The engine answers between two steps, so that the answer is its steps' heartbeat. Once missed, it is
+        not waited for again: the next checks fail at once.
+        """
+        if self._is_hung:
+            raise EngineDeadError("the engine makes no steps")
+        limit_s = self._state.settings.hung_after_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._engine.check_health()
+        except TimeoutError:
+            self._is_hung = True
+            raise EngineDeadError(f"the engine has made no step for {limit_s:g} s") from None
 
     def _hello(self) -> Hello:
         config, stats = self._config, self._engine.stats()
@@ -110,5 +124,5 @@ def build_deployment(settings: ServingSettings, drain_s: float) -> serve.Deploym
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        health_check_timeout_s=settings.hung_after_s + _HEALTH_CHECK_MARGIN_S,
     )

@@ -22,6 +22,9 @@ class ServingSettings(BaseModel):
     time, so that the last of 256 waits for about three others."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """From arrival to the last token."""
+    hung_after_s: float = Field(default=15.0, gt=0, le=600)
+    """An engine that has answered nothing between two steps for so long is stuck: its replica is replaced.
+    Longer than any step: a large prompt on the CPU takes seconds."""
     retry_after_s: int = Field(default=1, ge=1)
     """What a refused client is told to wait."""
     tiers: Mapping[str, Tier] = Field(default_factory=lambda: dict(TIERS), validate_default=True)

@@ -5,9 +5,11 @@ duplicates of the streams' sockets (`stream_guard_process`): the kernel keeps su
 the replica's death, and the guard ends it with an error event and the last chunk.
 """
 
+import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -21,25 +23,34 @@ from serving.stream_guard_process import KEY_BYTES, MAX_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 5.0
+_START_TIMEOUT_S = 20.0
+_MAX_PID_BYTES = 32
 
 Address = tuple[str, int]
 
 
 class StreamGuard:
-    """The guard of one replica process. All methods belong to the event loop; none of them waits.
+    """The guard of one replica process. All methods belong to the event loop; none but the constructor waits.
 
     It fails open: where a connection cannot be found or the guard is gone, streams run on without it.
     """
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._control: socket.socket | None = ours
         command = [sys.executable, "-I", "-S", stream_guard_process.__file__, str(theirs.fileno())]
         with theirs:
             # A session of its own: what ends the replica's group must not end the guard with it.
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+            subprocess.run(
+                command,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                check=True,
+                timeout=_START_TIMEOUT_S,
+            )
+        ours.settimeout(_START_TIMEOUT_S)
+        self._pid = int(ours.recv(_MAX_PID_BYTES))
+        ours.setblocking(False)
+        self._control: socket.socket | None = ours
         self._keys = itertools.count()
         self._descriptors: dict[tuple[Address, Address], int] = {}
 
@@ -68,11 +79,6 @@ class StreamGuard:
         if self._control is not None:
             self._control.close()
             self._control = None
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _send(self, message: bytes, descriptors: list[int]) -> bool:
         if self._control is None:
@@ -82,7 +88,8 @@ class StreamGuard:
         except OSError as error:
             # A guard that misses a release would hold connections open: it must not live on.
             logger.error("the stream guard is gone, a kill will cut streams without an event: %s", error)
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
             self._control.close()
             self._control = None
             return False

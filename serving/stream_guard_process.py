@@ -4,7 +4,8 @@ It holds a duplicate of each streaming connection's socket and what to say on it
 passes through it: it writes once, when its replica's end of the control socket closes. Imports the standard
 library alone, so that it starts in milliseconds and weighs little.
 
-Control messages, one a packet: b"W" + key + last words, with the connection's descriptor; b"R" + key.
+It says its process id first. Control messages, one a packet: b"W" + key + last words, with the connection's
+descriptor; b"R" + key.
 """
 
 import contextlib
@@ -38,7 +39,12 @@ def main(control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    # An orphan: Ray kills the children of a worker that it ends.
+    if os.fork():
+        os._exit(0)
     # Ctrl-C goes to the whole group; this process ends with its replica, not before it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    main(socket.socket(fileno=int(sys.argv[1])))
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.sendall(str(os.getpid()).encode())
+    main(control)

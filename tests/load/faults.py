@@ -5,6 +5,7 @@ A cluster of its own, four replicas of the timed engine double (tests.timed_engi
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,30 +18,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from deploy.cluster import APP_NAME, deploy, started
 from deploy.config import PeregrineConfig, load_config
 from deploy.ray_environment import free_port
 from tests.load.open_loop import OpenLoop, Stream
-from tests.timed_engine import start_timed_engine
+from tests.timed_engine import HANG, start_timed_engine
 
 MODEL = "double"
 _REPLACED_TIMEOUT_S = 60.0
 _SETTLE_S = 3.0
+_LONG_STREAM_TOKENS = 1_600  # 40 s or more at the double's 20 ms a step
 
 
 def replica_processes() -> list[psutil.Process]:
-    """Of this process's own cluster."""
+    return processes(f"ray::ServeReplica:{APP_NAME}:Replica")
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Of this process's own cluster, by the beginning of the command line; the oldest first."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if title.startswith(f"ray::ServeReplica:{APP_NAME}:Replica"):
-            found.append(process)
-    return found
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    return sorted(found, key=lambda p: p.create_time())
 
 
 async def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -72,7 +76,7 @@ async def kill(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict
     rows = []
     for _ in range(times):
         await asyncio.sleep(_SETTLE_S)
-        victim = min(replica_processes(), key=lambda p: p.create_time())
+        victim = replica_processes()[0]
         open_before = [s for s in load.streams if not s.ended_at]
         killed_at = time.monotonic()
         os.kill(victim.pid, signal.SIGKILL)
@@ -93,9 +97,71 @@ async def kill(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict
     return rows
 
 
-async def redeploy(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
-    """A changed configuration, rolled out over all replicas."""
+async def hang(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
+    """An engine that stops stepping, in a replica whose process lives on."""
     rows = []
+    for _ in range(times):
+        await asyncio.sleep(_SETTLE_S)
+        before = {p.pid for p in replica_processes()}
+        begin, open_before = time.monotonic(), [s for s in load.streams if not s.ended_at]
+        # The client gives up, so that the proxy does not send the poison to the next replica.
+        with contextlib.suppress(httpx.TimeoutException):
+            body = {"model": MODEL, "prompt": HANG, "stream": True}
+            async with httpx.AsyncClient(timeout=1.0) as client:
+                await client.post(f"{load.url}/v1/completions", json=body)
+        await until(
+            lambda b=before: len({p.pid for p in replica_processes()} - b) > 0,
+            _REPLACED_TIMEOUT_S,
+            "a new one",
+        )
+        await until(lambda: num_running() == config.cluster.replicas, _REPLACED_TIMEOUT_S, "running")
+        cut = [s for s in open_before if s.end == "error event"]
+        later = [s for s in load.streams if s.sent_at >= begin and s.end == "error event"]
+        replaced_s = round(time.monotonic() - begin, 1)
+        rows.append({"cut": len(cut), "cut_later": len(later), "replaced_s": replaced_s})
+        print(rows[-1], flush=True)
+    return rows
+
+
+async def infrastructure(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
+    """Kill -9 of what is not a replica: a request router, the controller, HAProxy's actor."""
+    rows = []
+    titles = {
+        "router": f"ray::ServeReplica:{APP_NAME}:RequestRouter",
+        "controller": "ray::ServeController",
+        "proxy actor": "ray::HAProxyManager",
+    }
+    for name, title in titles.items():
+        for _ in range(times):
+            await asyncio.sleep(_SETTLE_S)
+            victim, first = processes(title)[0], len(load.streams)
+            begin = time.monotonic()
+            os.kill(victim.pid, signal.SIGKILL)
+            await asyncio.sleep(1.0)
+            await until(lambda t=title: bool(processes(t)), _REPLACED_TIMEOUT_S, f"{name} back")
+            back_s = time.monotonic() - begin
+            await asyncio.sleep(10.0)
+            own = load.streams[first:]
+            ttft = [s.first_token_at - s.sent_at for s in own if s.first_token_at]
+            rows.append(
+                {
+                    "killed": name,
+                    "back_s": round(back_s, 1),
+                    "sent_within_10_s": len(own),
+                    "failed": sum(s.end.startswith(("status", "Client", "Server", "ended")) for s in own),
+                    "ttft_ms_max": round(1e3 * max(ttft, default=0.0)),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+async def redeploy(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
+    """A changed configuration, rolled out over all replicas. The first time a stream runs that is longer than
+    any usual drain.
+    """
+    rows: list[dict[str, Any]] = []
+    long = asyncio.create_task(load.long_stream(_LONG_STREAM_TOKENS))
     for number in range(times):
         await asyncio.sleep(_SETTLE_S)
         before = {p.pid for p in replica_processes()}
@@ -111,6 +177,8 @@ async def redeploy(config: PeregrineConfig, load: OpenLoop, times: int) -> list[
         )
         rows.append({"seconds": round(time.monotonic() - begin, 1)})
         print(rows[-1], flush=True)
+    stream = await long
+    rows.append({"long_stream_s": round(stream.ended_at - stream.sent_at, 1), "end": stream.end})
     return rows
 
 
@@ -138,6 +206,8 @@ async def scale(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dic
 Scenario = Callable[[PeregrineConfig, OpenLoop, int], Awaitable[list[dict[str, Any]]]]
 SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "kill": (kill, 4),
+    "hang": (hang, 4),
+    "infrastructure": (infrastructure, 4),
     "redeploy": (redeploy, 4),
     "scale": (scale, 1),
 }
@@ -160,6 +230,7 @@ async def run(scenario: Scenario, config: PeregrineConfig, load: OpenLoop, times
         "requests": len(load.streams),
         "ends": load.ends(),
         "failed": len(bad),
+        "answered_without_router": sum(s.status == 200 and not s.route for s in load.streams),
         "badly_ended_bodies": sum(not s.is_shut_well for s in load.streams),
         "ledger_at_end": await counters(),
         "rows": rows,

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 _TIMEOUT_S = 120.0
+_WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
 
 
 @dataclass
@@ -52,22 +53,37 @@ class OpenLoop:
             while not self._is_stopping:
                 due += random_.expovariate(self.rate)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                words = random_.randint(*self.prompt_words)
-                body = {
-                    "model": self.model,
-                    "messages": [{"role": "user", "content": " ".join(["stone"] * words)}],
-                    "max_tokens": random_.randint(*self.output_tokens),
-                    "ignore_eos": True,
-                    "stream": True,
-                }
+                num_words, num_tokens = (
+                    random_.randint(*self.prompt_words),
+                    random_.randint(*self.output_tokens),
+                )
+                prompt = " ".join(random_.choices(_WORDS, k=num_words))
                 stream = Stream(due)
                 self.streams.append(stream)
                 leaves = random_.random() < self.abort_share
+                body = self._body(prompt, num_tokens)
                 jobs.append(asyncio.create_task(self._one(session, body, stream, leaves)))
             await asyncio.gather(*jobs)
 
+    async def long_stream(self, num_tokens: int) -> Stream:
+        """One stream beside the others, counted with them."""
+        stream = Stream(time.monotonic())
+        self.streams.append(stream)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
+            await self._one(session, self._body("long", num_tokens), stream, leaves=False)
+        return stream
+
     def stop(self) -> None:
         self._is_stopping = True
+
+    def _body(self, prompt: str, num_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
 
     async def _one(
         self, session: aiohttp.ClientSession, body: dict[str, Any], stream: Stream, leaves: bool
