@@ -55,9 +55,9 @@ def running_cluster(config: PeregrineConfig) -> Iterator[str]:
         or Path(config.engine.model).name.removesuffix(".gguf"),
     )
     num_gpus = _count_gpus() if engine.device != "cpu" else 0
-    engine = _share_resources(engine, cluster.replicas, num_gpus)
+    engine = _share_resources(engine, cluster.max_replicas, num_gpus)
     if num_gpus == 0:
-        _check_memory(engine, model, cluster.replicas)
+        _check_memory(engine, model, cluster.max_replicas)
 
     with started(dataclasses.replace(config, engine=engine), num_gpus) as url:
         yield url
@@ -122,6 +122,7 @@ def deploy(
     from ray.serve.api import _run
     from ray.serve.schema import LoggingConfig
 
+    from serving.autoscaling_policy import autoscaling_config
     from serving.dispatch.deployment import build_router
     from serving.replica import build_deployment, start_async_engine
 
@@ -136,7 +137,10 @@ def deploy(
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     deployment = build_deployment(config.serving, ray_environment.drain_s(config)).options(
-        num_replicas=cluster.replicas,
+        num_replicas="auto" if cluster.autoscaling else cluster.replicas,
+        autoscaling_config=(
+            autoscaling_config(cluster.autoscaling, cluster.replicas) if cluster.autoscaling else None
+        ),
         # On a GPU machine every replica has one whole GPU; on the CPU the engine's threads are its share.
         ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if num_gpus else 0},
     )

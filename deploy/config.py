@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engine import EngineConfig, ParameterError
-from serving import RoutingSettings, ServingSettings
+from serving import AutoscalingSettings, RoutingSettings, ServingSettings
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -24,12 +24,20 @@ class ClusterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     replicas: int = Field(default=1, ge=1, le=1024)
+    """At the start, where `autoscaling` is set."""
+    autoscaling: AutoscalingSettings | None = None
+    """None: the number of replicas stays."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     haproxy: Literal["auto", "on", "off"] = "auto"
     """HAProxy in front of the replicas (one hop, retries); `auto` uses it where it is installed."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """From the start of Ray until all replicas are warm."""
+
+    @property
+    def max_replicas(self) -> int:
+        """The most that may run at a time, a rolling change aside."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from monitoring import Recorder
+from serving.autoscaling import Attainment
 from serving.errors import overloaded
 from serving.settings import ServingSettings
 from serving.tiers import Service
@@ -43,6 +44,7 @@ class Admission:
     clock: Callable[[], float] = time.monotonic
     num_inflight: int = 0
     tokens_per_s: float = 0.0  # the engine's
+    attainment: Attainment = field(default_factory=Attainment)
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _error_s: float = 0.0
     _error_deviation_s: float = 0.0
@@ -85,6 +87,7 @@ class Admission:
         late_s = self.clock() + predicted - service.urgency.deadline
         if late_s > 0:
             self.recorder.record_refusal("deadline")
+            self.attainment.add(False, self.clock())
             raise overloaded(
                 f"The first token may take {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
                 f"within {service.ttft_s * 1e3:.0f} ms of the request's arrival; retry later.",
@@ -114,4 +117,5 @@ class Admission:
             error_s, self._error_time = now - begun.since - begun.predicted_s, now
             self._error_deviation_s += _WEIGHT * (abs(error_s - self._error_s) - self._error_deviation_s)
             self._error_s += _WEIGHT * (error_s - self._error_s)
+        self.attainment.add(now <= service.urgency.deadline, now)
         self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)

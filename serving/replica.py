@@ -95,6 +95,18 @@ class Replica:
             stats.prompt_tokens_per_s,
         )
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serving.autoscaling_policy` goes by."""
+        stats, admission = self._engine.stats(), self._state.admission
+        rate = stats.prompt_tokens_per_s
+        num_kept, num_deadlines = admission.attainment.counts(admission.clock())
+        return {
+            "backlog_s": stats.num_waiting_tokens / rate if rate > 0 else 0.0,
+            "busy": admission.num_inflight / self._config.max_num_seqs,
+            "num_kept": num_kept,
+            "num_deadlines": num_deadlines,
+        }
+
     async def __del__(self) -> None:
         # Serve awaits this once, after the drain; a replica that failed to start has nothing to stop.
         if not hasattr(self, "_publisher"):

@@ -29,6 +29,7 @@ from tests.timed_engine import HANG, start_timed_engine
 
 MODEL = "double"
 _REPLACED_TIMEOUT_S = 60.0
+_SCALED_TIMEOUT_S = 120.0
 _SETTLE_S = 3.0
 _LONG_STREAM_TOKENS = 1_600  # 40 s or more at the double's 20 ms a step
 
@@ -203,13 +204,46 @@ async def scale(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dic
     return rows
 
 
-Scenario = Callable[[PeregrineConfig, OpenLoop, int], Awaitable[list[dict[str, Any]]]]
-SCENARIOS: dict[str, tuple[Scenario, int]] = {
-    "kill": (kill, 4),
-    "hang": (hang, 4),
-    "infrastructure": (infrastructure, 4),
-    "redeploy": (redeploy, 4),
-    "scale": (scale, 1),
+async def autoscale(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
+    """Ten times the load, and back: the number of replicas follows by itself."""
+    rows: list[dict[str, Any]] = []
+    assert config.cluster.autoscaling is not None
+    for rate, replicas in ((load.rate, config.cluster.autoscaling.max_replicas), (load.rate / 10, 1)) * times:
+        load.rate = rate
+        begin = time.monotonic()
+        await until(
+            lambda n=replicas: num_running() == n == len(replica_processes()), _SCALED_TIMEOUT_S, "scaled"
+        )
+        rows.append({"rate": rate, "replicas": replicas, "seconds": round(time.monotonic() - begin, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    act: Callable[[PeregrineConfig, OpenLoop, int], Awaitable[list[dict[str, Any]]]]
+    cluster: dict[str, Any]
+
+
+SCENARIOS = {
+    "autoscale": Scenario(
+        autoscale,
+        {
+            "replicas": 1,
+            "autoscaling": {
+                "max_replicas": 4,
+                "target_busy": 0.08,  # 5 of the 64 places: the load of a machine with two cores
+                "look_back_s": 3,
+                "upscale_delay_s": 1,
+                "downscale_delay_s": 4,
+            },
+        },
+    ),
+    "hang": Scenario(hang, {"replicas": 4}),
+    "infrastructure": Scenario(infrastructure, {"replicas": 4}),
+    "kill": Scenario(kill, {"replicas": 4}),
+    "redeploy": Scenario(redeploy, {"replicas": 4}),
+    "scale": Scenario(scale, {"replicas": 1}),
 }
 
 
@@ -217,7 +251,7 @@ async def run(scenario: Scenario, config: PeregrineConfig, load: OpenLoop, times
     loading = asyncio.create_task(load.run())
     await asyncio.sleep(_SETTLE_S)
     try:
-        rows = await scenario(config, load, times)
+        rows = await scenario.act(config, load, times)
     finally:
         await asyncio.sleep(_SETTLE_S)
         load.stop()
@@ -255,13 +289,13 @@ def main() -> None:
     parser.add_argument("--policy", default="latency")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    scenario, replicas = SCENARIOS[options.scenario]
+    scenario = SCENARIOS[options.scenario]
     config = load_config(
         None,
         {
             "engine": {"model": MODEL, "served_model_name": MODEL},
             "routing": {"policy": options.policy},
-            "cluster": {"replicas": replicas, "port": free_port()},
+            "cluster": {**scenario.cluster, "port": free_port()},
         },
     )
     with started(config, factory=start_timed_engine) as url:
