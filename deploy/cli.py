@@ -83,7 +83,10 @@ def serve(
             status.stop()
             _print_ready(url, settings.engine.served_model_name or _name_of(settings.engine.model), settings)
             stop.wait()
-            console.print("Shutting down: running answers have up to 30 s to finish.")
+            limit_s = settings.serving.request_timeout_s
+            console.print(
+                f"Shutting down: running answers have up to {limit_s:.0f} s to finish (again: none)."
+            )
     except (StartError, ModelNotFoundError) as error:
         raise fail(str(error)) from None
     except KeyboardInterrupt:

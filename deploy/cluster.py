@@ -71,7 +71,7 @@ def started(
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         has_haproxy = ray_environment.prepare(config, temporary)
-        with _ray(temporary, num_gpus):
+        with _ray(temporary, num_gpus, ray_environment.drain_s(config)):
             deploy(config, num_gpus, has_haproxy=has_haproxy, factory=factory)
             yield f"http://{config.cluster.host}:{config.cluster.port}"
     finally:
@@ -79,7 +79,7 @@ def started(
 
 
 @contextlib.contextmanager
-def _ray(temporary: Path, num_gpus: int) -> Iterator[None]:
+def _ray(temporary: Path, num_gpus: int, drain_s: float) -> Iterator[None]:
     import ray
     from ray import serve
 
@@ -100,6 +100,8 @@ def _ray(temporary: Path, num_gpus: int) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(Exception):
+            _drain(time.monotonic() + drain_s)
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
@@ -154,6 +156,15 @@ def deploy(
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
     _run(application, name=APP_NAME, route_prefix="/", _blocking=False)
     _wait_until_running(time.monotonic() + cluster.start_timeout_s)
+
+
+def _drain(deadline: float) -> None:
+    """Take the application away and wait for its streams: Serve's own shutdown ends the proxies first."""
+    from ray import serve
+
+    serve.delete(APP_NAME, _blocking=False)
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _version_of(*configuration: object) -> str:
