@@ -23,7 +23,7 @@ class AutoscalingSettings(BaseModel):
     hysteresis: float = Field(default=0.2, ge=0, lt=1)
     """Load may be so far above the target, or would have to be so far below it on one replica less, before
     anything changes."""
-    look_back_s: float = Field(default=10.0, ge=1)
+    look_back_s: float = Field(default=10.0, ge=2)
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
     """For so long without a break the wish must last."""

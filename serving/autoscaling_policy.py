@@ -36,6 +36,7 @@ def autoscaling_config(settings: AutoscalingSettings, initial_replicas: int) -> 
         min_replicas=settings.min_replicas,
         initial_replicas=min(max(initial_replicas, settings.min_replicas), settings.max_replicas),
         max_replicas=settings.max_replicas,
+        metrics_interval_s=1.0,
         look_back_period_s=settings.look_back_s,
         upscale_delay_s=settings.upscale_delay_s,
         downscale_delay_s=settings.downscale_delay_s,

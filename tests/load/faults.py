@@ -86,6 +86,7 @@ async def kill(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict
         await asyncio.sleep(_SETTLE_S)
         victim = replica_processes()[0]
         open_before = [s for s in load.streams if not s.ended_at]
+        num_waiting = sum(not s.first_token_at for s in open_before)
         killed_at = time.monotonic()
         os.kill(victim.pid, signal.SIGKILL)
         await until(lambda v=victim: not v.is_running() or v.status() == "zombie", 10, "the kill")
@@ -96,6 +97,7 @@ async def kill(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict
         rows.append(
             {
                 "open": len(open_before),
+                "waiting_for_first_token": num_waiting,
                 "cut": len(cut),
                 "cut_end_s_max": round(max((s.ended_at - killed_at for s in cut), default=0.0), 3),
                 "replaced_s": round(replaced_s, 1),
