@@ -4,7 +4,7 @@ A product of e4m3 operands comes without their scales; whoever reads it multipli
 value[t, n] * token_scale[t] * row_scale[n].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,17 +17,23 @@ from kernels.types import AttentionWeights
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+TILED_MAX = 1024.0  # far from float16's limits on both sides
 
 Form = Literal["bf16", "fp8", "tiled"]
-"""Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" the same in the order of `tiled`."""
+"""Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" float16 in the order of `tiled`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """A matrix's input [T, K]: bfloat16, or e4m3 (plain, or `tiled`) with scale float32 [T]."""
+    """A matrix's input [T, K]: bfloat16, or e4m3 or `tiled` float16 with scale float32 [T]."""
 
     values: Tensor
     scale: Tensor | None = None
+
+    @property
+    def padded_tokens(self) -> int:
+        """Of the tiled form."""
+        return self.values.shape[-2]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +46,10 @@ class Product:
     values: Tensor
     token_scale: Tensor | None = None
     row_scale: Tensor | None = None
+
+    @property
+    def num_splits(self) -> int:
+        return 1 if self.values.dim() == 2 else len(self.values)
 
     def float(self) -> Tensor:
         """float32 [T, N], scaled."""
@@ -66,34 +76,35 @@ class Tokens:
 
 
 def quantize(x: Tensor, form: Form = "fp8") -> Activations:
-    """x [T, K] in that form; e4m3 has the largest value of a row at 448."""
+    """x [T, K] in that form; the largest value of a row becomes FP8_MAX or TILED_MAX."""
     if form == "bf16":
         return Activations(x.bfloat16())
-    scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / FP8_MAX
-    values = (x.float() / scale.unsqueeze(1)).to(FP8)
-    return Activations(tiled(values) if form == "tiled" else values, scale)
+    scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / (FP8_MAX if form == "fp8" else TILED_MAX)
+    values = x.float() / scale.unsqueeze(1)
+    return Activations(values.to(FP8) if form == "fp8" else tiled(values.half()), scale)
 
 
 def padded_tokens(num_tokens: int) -> int:
-    """Tokens of the tiled form: one tile of 64, or tiles of 128."""
-    return 64 if num_tokens <= 64 else -(-num_tokens // 128) * 128
+    """Tokens of the tiled form: eight are swizzled together."""
+    return -(-num_tokens // 8) * 8
 
 
 def tiled(values: Tensor) -> Tensor:
-    """e4m3 [T, K] as [lines, padded tokens, 128], as the tensor cores read it from shared memory.
+    """float16 [T, K] as [lines, padded tokens, 64], as the tensor cores read it from shared memory.
 
-    A line is 128 columns, zeros behind the last ones up to a multiple of 256. Of every 32 columns, column
-    8 q + 4 h + b lies at 16 h + 4 q + b, as in the weights' fragments (kernels/cuda/packing.py); 16-byte
-    piece c of token t at place c ^ (t % 8), so that eight tokens' pieces are in different banks.
+    A line is 64 columns, zeros behind the last ones up to a multiple of 256. Of every 32 columns, column
+    8 q + 4 h + 2 i + j lies at 16 h + 8 j + 2 q + i: what a lane unpacks of the weights is its part of the
+    fragment (src/prompt.cu); 16-byte piece c of token t at place c ^ (t % 8), so that eight tokens' pieces
+    are in different banks.
     """
     (num_tokens, k), padded = values.shape, padded_tokens(len(values))
     width = -(-k // UNIT_COLUMNS) * UNIT_COLUMNS
-    given = torch.zeros(padded, width, dtype=torch.uint8, device=values.device)
-    given[:num_tokens, :k] = values.view(torch.uint8)
-    ordered = given.view(padded, -1, 4, 2, 4).transpose(2, 3).reshape(padded, -1, 8, 16)
+    given = torch.zeros(padded, width, dtype=values.dtype, device=values.device)
+    given[:num_tokens, :k] = values
+    ordered = given.view(padded, -1, 4, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(padded, -1, 8, 8)
     token, piece = torch.arange(padded).unsqueeze(1), torch.arange(8)
-    swizzled = ordered[token, :, piece ^ (token % 8)]  # [tokens, pieces, lines, 16]: xor is its own inverse
-    return swizzled.permute(2, 0, 1, 3).reshape(-1, padded, 128).view(FP8)
+    swizzled = ordered[token, :, piece ^ (token % 8)]  # [tokens, pieces, lines, 8]: xor is its own inverse
+    return swizzled.permute(2, 0, 1, 3).reshape(-1, padded, 64)
 
 
 def add(x: Tensor, out: Product, bias: Tensor | None, post_norm: Tensor | None, eps: float) -> None:
@@ -166,3 +177,19 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
         scores = (queries @ keys.transpose(1, 2) * w.scale).masked_fill(~visible, float("-inf"))
         out[first : first + count] = (scores.softmax(dim=-1) @ values).transpose(0, 1).to(out.dtype)
     return out.flatten(1)
+
+
+def attend_next(
+    qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens, form: Form
+) -> Activations:
+    """Attention of one new token for each sequence, its key and value appended: the next matrix's input.
+
+    A token of a negative position is padding, and becomes zeros. `tokens.tiles` are not read.
+    """
+    is_there = tokens.positions >= 0
+    numbers = torch.arange(len(is_there), device=is_there.device)[is_there]
+    ones = torch.ones_like(numbers)
+    tiles = torch.stack([numbers, ones, tokens.rows[is_there], tokens.positions[is_there]], dim=1)
+    rows = torch.where(is_there, tokens.rows, -1)
+    there = replace(tokens, rows=rows, tiles=tiles, tile=1)
+    return quantize(attend(rope_and_append(qkv, w, caches, there), w, caches, there), form)

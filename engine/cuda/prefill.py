@@ -1,29 +1,18 @@
-"""Prompt chunks: products from packed weights or of unpacked ones, Triton between them, paged KV cache."""
+"""Prompt chunks: the layers of `engine.cuda.layers` over the paged KV cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import kernels.prefill
-from engine.cuda.decode import Caches
+from engine.cuda.layers import Layer, Layers
 from engine.cuda.transfer import upload
-from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
-from kernels import AttentionWeights, FFNWeights
-from kernels.cuda import prompt, tables
-from kernels.cuda.packing import DeviceWeight
-from kernels.prefill import FP8, Activations, Form, Product, Tokens
+from kernels.cuda import tables
+from kernels.prefill import Activations, Form, Product, Tokens
 
-Precision = Literal["fp8", "bf16"]
-PRECISION: Precision = "fp8"
-"""Of the products on a GPU: with "fp8", matrices of at most 4 bits a weight and their inputs are e4m3."""
-
-_FP8_BITS = 4  # wider codes lose more to e4m3's three bits of mantissa than they lost to rounding
-_DIRECT_TOKENS = 256  # at most are multiplied by packed weights; for more, unpacking them once is faster
 _GRAPH_TOKENS = 1024  # at most; beyond, the launches hide behind the products
 _GRAPH_TILES = 8  # beside those that are full
 
@@ -42,31 +31,6 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Matrix:
-    """units: `tables.fp8_units`, or None for a bfloat16 product."""
-
-    weight: DeviceWeight
-    units: tuple[float, ...] | None
-
-    def form(self, num_tokens: int) -> Form:
-        """Of its input."""
-        if self.units is None:
-            return "bf16"
-        return "tiled" if num_tokens <= _DIRECT_TOKENS else "fp8"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Layer:
-    attention: AttentionWeights
-    ffn: FFNWeights
-    caches: tuple[Tensor, Tensor]
-    qkv: _Matrix
-    o: _Matrix
-    gate_up: _Matrix
-    down: _Matrix
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Step:
     """Inputs of so many tokens on the device, and the graph that reads them.
 
@@ -80,39 +44,16 @@ class _Step:
 
 
 class Prefill:
-    """Sums, residual stream, norms and rotation in float32; outputs of products in bfloat16.
-
-    Up to 256 tokens, e4m3 products read the packed weights. For more, and for bfloat16, a matrix is
-    unpacked into one scratch buffer, as large as the largest, right before its use. The number of tokens is
-    rounded up, so that few shapes occur; small ones are captured as CUDA graphs.
-    """
+    """The number of tokens is rounded up, so that few shapes occur; small ones become CUDA graphs."""
 
     def __init__(
-        self,
-        weights: DeviceWeights,
-        config: ModelConfig,
-        caches: Caches,
-        block_table: Tensor,
-        device: torch.device,
-        precision: Precision | None = None,
+        self, layers: Layers, config: ModelConfig, block_table: Tensor, device: torch.device
     ) -> None:
-        """precision: PRECISION if it is not given; a CPU has bfloat16 alone."""
-        self._config, self._block_table, self._device = config, block_table, device
-        self._embedding = weights.embedding
-        use_fp8 = (precision or PRECISION) == "fp8" and device.type == "cuda"
-        self._ops = _ops(device)
-        self._layers = [
-            _Layer(a, f, c, *(_matrix(w, use_fp8) for w in (a.qkv, a.o, f.gate_up, f.down)))
-            for (a, f), c in zip(weights.layers, caches, strict=True)
-        ]
-        matrices = [m for layer in self._layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        size = max(_scratch_bytes(m.weight, m.units is not None) for m in matrices)
-        self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
-        self._row_scale = torch.empty(max(m.weight.n for m in matrices), device=device)
+        self._layers, self._config = layers, config
+        self._block_table, self._device = block_table, device
         self._graphs: dict[int, _Step] = {}
         self._graph_x = torch.empty(_GRAPH_TOKENS, config.hidden_size, device=device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._one = torch.ones((), device=device)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Residual stream after the last layer, float32 [tokens, hidden], chunk by chunk; fills the cache.
@@ -163,55 +104,16 @@ class Prefill:
 
     def _compute(self, step: _Step) -> None:
         """The residual stream of the step's tokens."""
-        x, ops, num_tokens = step.x, self._ops, len(step.x)
-        tables.embed(step.ints[: len(x)], self._embedding, x, self._config.embedding_scale)
-        last: tuple[Product, Tensor | None, Tensor | None] | tuple[()] = ()
-        for layer in self._layers:
-            a, f = layer.attention, layer.ffn
-            normed = ops.normalize(x, a.norm, a.eps, layer.qkv.form(num_tokens), *last)
-            query = ops.rope_and_append(self._multiply(normed, layer.qkv), a, layer.caches, step.tokens)
-            attended = ops.attend(query, a, layer.caches, step.tokens)
-            out = self._multiply(ops.quantize(attended, layer.o.form(num_tokens)), layer.o)
-            form = layer.gate_up.form(num_tokens)
-            normed = ops.normalize(x, f.norm, f.eps, form, out, a.o_bias, a.post_norm)
-            both = self._multiply(normed, layer.gate_up)
-            gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.form(num_tokens))
-            last = self._multiply(gated, layer.down), f.down_bias, f.post_norm
-        assert last
-        ops.add(x, *last, self._layers[-1].ffn.eps)
+        x, ops = step.x, self._layers.ops
+        tables.embed(step.ints[: len(x)], self._layers.weights.embedding, x, self._config.embedding_scale)
 
-    def _multiply(self, x: Activations, matrix: _Matrix) -> Product:
-        """x times the matrix, transposed. The product's row scales are valid until the next one."""
-        if matrix.units is None:
-            dense = tables.dequantize(matrix.weight, out=self._scratch.view(torch.bfloat16))
-            return Product(x.values @ dense.T)
-        if x.values.dim() == 3:
-            return prompt.multiply(matrix.weight, matrix.units, x)
-        values, row_scale = tables.dequantize_fp8(
-            matrix.weight, matrix.units, self._scratch.view(FP8), self._row_scale
-        )
-        out = torch._scaled_mm(
-            x.values,
-            values.T,
-            scale_a=self._one,
-            scale_b=self._one,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return Product(out, x.scale, row_scale)
+        def attend(qkv: Product, layer: Layer, form: Form) -> Activations:
+            query = ops.rope_and_append(qkv, layer.attention, layer.caches, step.tokens)
+            attended = ops.attend(query, layer.attention, layer.caches, step.tokens)
+            quantized: Activations = ops.quantize(attended, form)
+            return quantized
 
-
-def _is_narrow(matrix: DeviceWeight) -> bool:
-    return all(p.format.bits <= _FP8_BITS and p.n % 16 == 0 for p in matrix.parts)  # as cuBLAS has it
-
-
-def _matrix(weight: object, use_fp8: bool) -> _Matrix:
-    matrix = matrix_of(weight)
-    return _Matrix(matrix, tables.fp8_units(matrix) if use_fp8 and _is_narrow(matrix) else None)
-
-
-def _scratch_bytes(matrix: DeviceWeight, is_fp8: bool) -> int:
-    return matrix.n * matrix.k * (1 if is_fp8 else 2)
+        ops.add(x, *self._layers.forward(x, attend), self._config.rms_norm_eps)
 
 
 def _padded(num_tokens: int) -> int:
@@ -243,23 +145,6 @@ def _num_tiles(chunks: Sequence[Chunk], tile: int) -> int:
     return sum(-(-len(c.token_ids) // tile) for c in chunks)
 
 
-def workspace_bytes(config: ModelConfig, weights: DeviceWeights, num_tokens: int, max_model_len: int) -> int:
-    """What a chunk of so many tokens takes beside weights and cache, scratch buffer included; rounded up."""
-    layers = [matrix_of(w) for a, f in weights.layers for w in (a.qkv, a.o, f.gate_up, f.down)]
-    scratch = max(_scratch_bytes(m, PRECISION == "fp8" and _is_narrow(m)) for m in layers)
-    # float32 residual stream; bfloat16 (or narrower) inputs and outputs of the two widest products.
-    widest = 3 * config.intermediate_size + 2 * (config.q_size + config.kv_size) + 2 * config.hidden_size
-    padded = _padded(num_tokens) + _padded(_GRAPH_TOKENS)  # the graphs have memory of their own
-    splits = (
-        2 * prompt.MAX_SPLITS * 4 * _DIRECT_TOKENS * (config.q_size + 2 * config.kv_size + config.hidden_size)
-    )
-    return scratch + 4 * max(m.n for m in layers) + padded * (4 * config.hidden_size + 2 * widest) + splits
-
-
-def _ops(device: torch.device) -> Any:
-    """The functions of `kernels.prefill`, in Triton on a GPU."""
-    if device.type != "cuda":
-        return kernels.prefill
-    from kernels.triton_ops import prefill  # imports triton
-
-    return prefill
+def padded_tokens(num_tokens: int) -> int:
+    """That are in memory at once for chunks of so many tokens; the graphs have memory of their own."""
+    return _padded(num_tokens) + _padded(_GRAPH_TOKENS)

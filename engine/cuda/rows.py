@@ -27,7 +27,7 @@ _TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaneRows:
-    """Views of 16 rows. sampled: int32 [16]; logprobs: float32 [16]; top_ids, top_logprobs: [16, 20]."""
+    """Views of R rows (a lane has 16). sampled: int32 [R]; logprobs: float32 [R]; top_*: [R, 20]."""
 
     inputs: StepInputs
     batch: SamplingBatch
@@ -192,24 +192,25 @@ class StepRows:
             self._batch = batch
             self.lanes = self._make_lanes()
 
-    def _make_lanes(self) -> tuple[LaneRows, ...]:
-        def lane(first: int) -> LaneRows:
-            rows = slice(first, first + MAX_TOKENS)
-            batch: dict[str, Any] = {f.name: getattr(self._batch, f.name) for f in fields(SamplingBatch)}
-            views: dict[str, Any] = {k: None if t is None else t[rows] for k, t in batch.items()}
-            return LaneRows(
-                StepInputs(
-                    token_ids=self._token_ids[rows],
-                    positions=self._positions[rows],
-                    sequences=self._sequences[rows],
-                    first_rows=self._first_rows[rows],
-                    block_table=self.block_table,
-                ),
-                SamplingBatch(**views),
-                *(t[rows] for t in (self.sampled, self.logprobs, self.top_ids, self.top_logprobs)),
-            )
+    def of_lanes(self, first: int, count: int) -> LaneRows:
+        """The rows of several lanes."""
+        rows = slice(first * MAX_TOKENS, (first + count) * MAX_TOKENS)
+        batch: dict[str, Any] = {f.name: getattr(self._batch, f.name) for f in fields(SamplingBatch)}
+        views: dict[str, Any] = {k: None if t is None else t[rows] for k, t in batch.items()}
+        return LaneRows(
+            StepInputs(
+                token_ids=self._token_ids[rows],
+                positions=self._positions[rows],
+                sequences=self._sequences[rows],
+                first_rows=self._first_rows[rows],
+                block_table=self.block_table,
+            ),
+            SamplingBatch(**views),
+            *(t[rows] for t in (self.sampled, self.logprobs, self.top_ids, self.top_logprobs)),
+        )
 
-        return tuple(lane(first) for first in range(0, self.capacity, MAX_TOKENS))
+    def _make_lanes(self) -> tuple[LaneRows, ...]:
+        return tuple(self.of_lanes(i, 1) for i in range(self.capacity // MAX_TOKENS))
 
 
 def row_params(params: SamplingParams) -> RowParams:

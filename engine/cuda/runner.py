@@ -8,9 +8,11 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.cuda.batch import BatchProgram
 from engine.cuda.decode import DecodeProgram
+from engine.cuda.layers import Layers, workspace_bytes
 from engine.cuda.layout import MAX_DRAFTS, Layout, lay_out, max_lanes, needs_prompt_logprobs, num_tokens_of
-from engine.cuda.prefill import Chunk, Prefill, workspace_bytes
+from engine.cuda.prefill import Chunk, Prefill, padded_tokens
 from engine.cuda.results import Ticket, collect, logprobs_of, read_out
 from engine.cuda.rows import StepRows, mode_of
 from engine.cuda.weights import DeviceWeights, UnsupportedError, load_weights
@@ -32,8 +34,9 @@ _HOPPER = (9, 0)
 class CudaModelRunner:
     """Owns the GPU's memory: weights in fragment order, paged KV cache, the rows of a step.
 
-    Decodes (and short chunks) run as CUDA graphs of the fused kernel, 16 tokens at a time; other chunks run
-    through `Prefill`. All work is queued on one stream, in the order of the launches.
+    Decodes (and short chunks) run as CUDA graphs of the fused kernel, 16 tokens at a time, or of
+    `BatchProgram`, where there are many; other chunks run through `Prefill`. All work is queued on one
+    stream, in the order of the launches.
     """
 
     runs_ahead = True
@@ -49,11 +52,13 @@ class CudaModelRunner:
         self.token_budget = config.token_budget or max(DEFAULT_TOKEN_BUDGET["cuda"], config.max_num_seqs)
         limit = rope_limit(shape)
         self.max_model_len = min(config.max_model_len or limit, limit)
+        self._max_num_seqs = config.max_num_seqs
         weights = self.weights = load_weights(checkpoint, self.max_model_len, self.device)
         chunk = min(self.token_budget, self.max_model_len)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what repacking took
-        reserved = workspace_bytes(shape, weights, chunk, self.max_model_len)
+        precision = config.prefill_precision
+        reserved = workspace_bytes(shape, weights, padded_tokens(chunk), config.max_num_seqs, precision)
         bytes_per_token = shape.num_kv_bytes_per_token(torch.bfloat16.itemsize)
         self.num_blocks = size_kv_cache(config, self.max_model_len, bytes_per_token, self.device, reserved)
         cache_shape = (self.num_blocks, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
@@ -69,7 +74,9 @@ class CudaModelRunner:
             self.device,
         )
         self.decode = DecodeProgram(weights, shape, caches, self.rows, self.device)
-        self.prefill = Prefill(weights, shape, caches, self.rows.block_table, self.device)
+        layers = Layers(weights, caches, self.device, precision)
+        self.batch = BatchProgram(layers, shape, self.rows, self.device)
+        self.prefill = Prefill(layers, shape, self.rows.block_table, self.device)
         self.info = _describe(config, checkpoint, weights, self.max_model_len)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is not None:
@@ -87,15 +94,7 @@ class CudaModelRunner:
             if not goes_on:
                 self.rows.load(layout)
             self.rows.note(layout)
-            for i, lane in enumerate(layout.lanes):
-                sampled = [p for p in lane if p.is_sampled]
-                self.decode.run(
-                    i,
-                    num_tokens_of(lane),
-                    mode_of(sampled),
-                    has_logprobs=_want_logprobs(sampled),
-                    goes_on=goes_on,
-                )
+            self._run_lanes(layout, goes_on)
             prompt_logprobs = self._run_chunks(layout)
             return read_out(layout, self.rows, prompt_logprobs)
 
@@ -131,8 +130,28 @@ class CudaModelRunner:
             for n in range(MAX_TOKENS, 0, -1):
                 for goes_on in (False, False, True):  # the first run of its kind is not captured
                     self.decode.run(0, n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
+            for n in range(-(-self._max_num_seqs // MAX_TOKENS), 0, -1):
+                if self.batch.takes_rows(n * MAX_TOKENS):
+                    for goes_on in (False, False, True):
+                        self.batch.run(n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
         if self._stream is not None:
             self._stream.synchronize()
+
+    def _run_lanes(self, layout: Layout, goes_on: bool) -> None:
+        if self.batch.takes(layout):
+            parts = [p for lane in layout.lanes for p in lane if p.is_sampled]
+            has_logprobs = _want_logprobs(parts)
+            self.batch.run(len(layout.lanes), mode_of(parts), has_logprobs=has_logprobs, goes_on=goes_on)
+            return
+        for i, lane in enumerate(layout.lanes):
+            sampled = [p for p in lane if p.is_sampled]
+            self.decode.run(
+                i,
+                num_tokens_of(lane),
+                mode_of(sampled),
+                has_logprobs=_want_logprobs(sampled),
+                goes_on=goes_on,
+            )
 
     def _run_chunks(self, layout: Layout) -> dict[str, Tensor]:
         """Compute the chunks and sample those that end their prompts; prompt logprobs by request id."""

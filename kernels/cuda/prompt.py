@@ -1,49 +1,66 @@
-"""Products of prompt chunks straight from packed weights (src/prompt.cu)."""
+"""Products of 16 to some hundred tokens straight from packed weights (src/prompt.cu)."""
 
 import ctypes
-import itertools
 
 import torch
+from torch import Tensor
 
 from kernels.cuda.build import check, library
-from kernels.cuda.packing import DeviceWeight
+from kernels.cuda.packing import TILE_ROWS, DeviceWeight
 from kernels.cuda.program import num_blocks
-from kernels.cuda.tables import groups, stream
+from kernels.cuda.tables import fp8_units, groups, stream
 from kernels.prefill import Activations, Product
 
 MAX_SPLITS = 8
-# In the time that a block of 128 rows takes for a unit of 256 columns:
-_UNIT_COST = {128: 1.0, 256: 1.7}
-_START_COST = 3.0
-_SPLIT_COST = 1.0 / (128 * 4096)  # for each token and row, to write and read once more
+_TILES = (32, 64, 128)  # of tokens, that a block may take
+_PAIRED_TOKENS = 64  # two blocks of 128 rows share a multiprocessor up to this tile, else one
+_MIN_WIDE_BLOCKS = 100  # of 256 rows
+_MIN_UNITS = 2  # of a part of K
 
 
-def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> Product:
+def can_multiply(weight: DeviceWeight) -> bool:
+    """Whether the parts lie as they do in one matrix of tiles of 16 rows."""
+    return all(p.n % TILE_ROWS == 0 for p in weight.parts[:-1])
+
+
+def units_of(weight: DeviceWeight) -> tuple[float, ...]:
+    """For each part, what its float16 values are multiplied by: a power of two, 1 but for affine formats."""
+    units = fp8_units(weight)
+    return tuple(u if p.format.kind == "affine" else 1.0 for p, u in zip(weight.parts, units, strict=True))
+
+
+def multiply(
+    weight: DeviceWeight, units: tuple[float, ...], x: Activations, out: Tensor | None = None
+) -> Product:
     """x times the matrix, transposed: bfloat16 [T, n], or float32 [splits, T, n] to be summed.
 
-    x: tiled (`kernels.prefill.tiled`). units: `tables.fp8_units(weight)`. The parts have at most 4 bits, and
-    rows that are a multiple of 16.
+    x: tiled (`kernels.prefill.tiled`). units: `units_of(weight)`. out: where the product goes, undivided,
+    float32 [T, n].
     """
     assert x.scale is not None
-    lines, padded, _ = x.values.shape
-    num_tokens, num_units, n = len(x.scale), lines // 2, weight.n
-    tile = 64 if padded == 64 else 128
-    rows, splits = plan(num_tokens, padded // tile, n, num_units)
-    shape, dtype = (
-        ((num_tokens, n), torch.bfloat16) if splits == 1 else ((splits, num_tokens, n), torch.float32)
-    )
-    out, pointer = torch.empty(shape, dtype=dtype, device=x.values.device), ctypes.c_void_p
+    num_tokens, n, num_units = len(x.scale), weight.n, weight.parts[0].units
+    tile, rows, splits = plan(num_tokens, n, num_units)
+    if out is not None:
+        splits = 1
+    is_wide = out is not None or splits > 1
+    if out is None:
+        shape, dtype = (
+            ((num_tokens, n), torch.bfloat16) if splits == 1 else ((splits, num_tokens, n), torch.float32)
+        )
+        out = torch.empty(shape, dtype=dtype, device=x.values.device)
+    pointer = ctypes.c_void_p
     for pieces, unit in groups(weight, units):
         check(
             library().peregrine_prompt(
                 ctypes.byref(pieces),
                 num_units,
                 num_tokens,
-                padded,
+                x.padded_tokens,
                 tile,
                 rows,
                 n,
                 splits,
+                int(is_wide),
                 pointer(x.values.data_ptr()),
                 pointer(x.scale.data_ptr()),
                 pointer(out.data_ptr()),
@@ -54,13 +71,16 @@ def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> 
     return Product(out)
 
 
-def plan(num_tokens: int, token_tiles: int, n: int, num_units: int) -> tuple[int, int]:
-    """Rows of a block, and parts of K: what keeps the multiprocessors busy, by a rough model of the time."""
+def plan(num_tokens: int, n: int, num_units: int) -> tuple[int, int, int]:
+    """Tokens and rows of a block, and parts of K, none of them empty.
 
-    def cost(choice: tuple[int, int]) -> float:
-        rows, splits = choice
-        rounds = -(-token_tiles * -(-n // rows) * splits // num_blocks())
-        work = rounds * (-(-num_units // splits) + _START_COST) * _UNIT_COST[rows]
-        return work + (splits * num_tokens * n * _SPLIT_COST if splits > 1 else 0.0)
-
-    return min(itertools.product(_UNIT_COST, range(1, min(MAX_SPLITS, num_units) + 1)), key=cost)
+    By measurements on an H100 (docs/benchmarks/kernel-notes.md): as many blocks as run at once. 256 rows need
+    fewer activations from L2 for each weight, which counts where the tensor cores are busiest.
+    """
+    tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
+    tiles, slots = -(-num_tokens // tile), num_blocks() * (2 if tile <= _PAIRED_TOKENS else 1)
+    is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
+    rows = 256 if is_wide else 128
+    most = max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
+    splits = min(most, max(1, slots // (tiles * -(-n // rows))))
+    return tile, rows, -(-num_units // -(-num_units // splits))

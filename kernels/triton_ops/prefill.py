@@ -11,65 +11,19 @@ from torch import Tensor
 
 from kernels.prefill import (
     BLOCK_TOKENS,
-    FP8,
-    UNIT_COLUMNS,
     Activations,
     Form,
     Product,
     Tokens,
-    padded_tokens,
 )
+from kernels.triton_ops.decode_attention import attend_next
+from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.prefill_attention import attend
+from kernels.triton_ops.rows import FORMS, load_product, outputs, row_shape, store_activations
 from kernels.types import AttentionWeights
 
-__all__ = ["add", "attend", "gate", "normalize", "quantize", "rope_and_append"]
-_UNIT = tl.constexpr(UNIT_COLUMNS)
-_FORMS = {"bf16": 0, "fp8": 1, "tiled": 2}
+__all__ = ["add", "attend", "attend_next", "gate", "normalize", "quantize", "rope_and_append"]
 _HEADS = 16  # of a program of rope_append
-_VALUES_PER_WARP = 512  # of a row in registers: 16 floats a lane
-
-
-@triton.jit
-def load_product(
-    ptr,
-    token_scale_ptr,
-    row_scale_ptr,
-    bias_ptr,
-    row,
-    at,
-    mask,
-    width,
-    SPLITS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Columns `at` of a row of a product, float32. Axis 0 of the grid is the rows."""
-    value = tl.load(ptr + row * width + at, mask, other=0.0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        value += tl.load(ptr + (split * tl.num_programs(0) + row) * width + at, mask, other=0.0)
-    if HAS_SCALES:
-        value *= tl.load(token_scale_ptr + row) * tl.load(row_scale_ptr + at, mask, other=0.0)
-    if HAS_BIAS:
-        value += tl.load(bias_ptr + at, mask, other=0.0)
-    return value
-
-
-@triton.jit
-def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
-    """A whole row of a matrix's input; value is zero from `width` on. FORM: see _FORMS."""
-    if FORM > 0:
-        largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-20)
-        tl.store(scale_ptr + row, largest / 448.0)
-        value *= 448.0 / largest
-    if FORM == 2:
-        place = (at & -32) | ((at >> 2 & 1) << 4) | ((at >> 3 & 3) << 2) | (at & 3)
-        piece = (place >> 4 & 7) ^ (row & 7)
-        to = ((place >> 7) * padded + row) * 128 + piece * 16 + (place & 15)
-        mask = at < (width + _UNIT - 1) // _UNIT * _UNIT
-    else:
-        to = row * width + at
-        mask = at < width
-    tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -81,7 +35,7 @@ def normalize_rows(
     bias_ptr,
     post_norm_ptr,
     norm_ptr,
-    normed_ptr,  # e4m3 or bfloat16 [T, hidden], written
+    normed_ptr,  # [T, hidden] in the form, written
     scale_ptr,  # float32 [T], written
     padded,
     eps,
@@ -94,7 +48,9 @@ def normalize_rows(
     HAS_NORM: tl.constexpr,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < hidden
@@ -125,7 +81,10 @@ def normalize_rows(
 
 
 @triton.jit
-def quantize_rows(x_ptr, out_ptr, scale_ptr, padded, width, FORM: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_rows(
+    x_ptr, out_ptr, scale_ptr, padded, width, FORM: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr
+):
+    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
@@ -139,7 +98,7 @@ def gate_rows(
     token_scale_ptr,
     row_scale_ptr,
     bias_ptr,
-    out_ptr,  # e4m3 or bfloat16 [T, ffn], written
+    out_ptr,  # [T, ffn] in the form, written
     scale_ptr,  # float32 [T], written
     padded,
     ffn,
@@ -149,7 +108,9 @@ def gate_rows(
     HAS_BIAS: tl.constexpr,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < ffn
@@ -213,7 +174,9 @@ def rope_append(
     HAS_BIAS: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_kernel_before(IS_EARLY)
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
     all_heads = num_heads + 2 * num_kv_heads
@@ -284,10 +247,18 @@ def quantize(x: Tensor, form: Form) -> Activations:
     if form == "bf16":
         return Activations(x)
     num_tokens, width = x.shape
-    out = _outputs(num_tokens, width, form, x.device)
-    block, warps = _row(width)
+    out = outputs(num_tokens, width, form, x.device)
+    block, warps = row_shape(width)
     quantize_rows[(num_tokens,)](
-        x, out.values, out.scale, padded_tokens(num_tokens), width, _FORMS[form], block, num_warps=warps
+        x,
+        out.values,
+        out.scale,
+        out.padded_tokens,
+        width,
+        FORMS[form],
+        block,
+        num_warps=warps,
+        **early(x.device),
     )
     return out
 
@@ -307,7 +278,7 @@ def normalize(
     post_norm: Tensor | None = None,
 ) -> Activations:
     """See `kernels.prefill.normalize`."""
-    normed = _outputs(len(x), x.shape[1], form, x.device)
+    normed = outputs(len(x), x.shape[1], form, x.device)
     _normalize(x, norm, eps, form, normed, out, bias, post_norm)
     return normed
 
@@ -315,21 +286,22 @@ def normalize(
 def gate(gate_up: Product, bias: Tensor | None, activation: str, form: Form) -> Activations:
     """See `kernels.prefill.gate`."""
     num_tokens, width = gate_up.values.shape[-2:]
-    out = _outputs(num_tokens, width // 2, form, gate_up.values.device)
-    block, warps = _row(width // 2)
+    out = outputs(num_tokens, width // 2, form, gate_up.values.device)
+    block, warps = row_shape(width // 2)
     gate_rows[(num_tokens,)](
         *_operands(gate_up, bias),
         out.values,
         out.scale,
-        padded_tokens(num_tokens),
+        out.padded_tokens,
         width // 2,
-        _num_splits(gate_up),
+        gate_up.num_splits,
         activation == "silu",
         gate_up.row_scale is not None,
         bias is not None,
-        _FORMS[form],
+        FORMS[form],
         block,
         num_warps=warps,
+        **early(out.values.device),
     )
     return out
 
@@ -355,7 +327,7 @@ def rope_and_append(
         tokens.block_table.stride(0),
         w.num_heads,
         w.num_kv_heads,
-        _num_splits(qkv),
+        qkv.num_splits,
         w.head_dim,
         BLOCK_TOKENS,
         _HEADS,
@@ -364,6 +336,7 @@ def rope_and_append(
         w.q_norm is not None,
         w.k_norm is not None,
         num_warps=4,
+        **early(query.device),
     )
     return query
 
@@ -378,7 +351,7 @@ def _normalize(
     bias: Tensor | None,
     post_norm: Tensor | None,
 ) -> None:
-    block, warps = _row(x.shape[1])
+    block, warps = row_shape(x.shape[1])
     normalize_rows[(len(x),)](
         x,
         *((None,) * 4 if out is None else _operands(out, bias)),
@@ -386,39 +359,21 @@ def _normalize(
         norm,
         normed.values,
         normed.scale,
-        padded_tokens(len(x)),
+        normed.padded_tokens,
         eps,
         x.shape[1],
-        1 if out is None else _num_splits(out),
+        1 if out is None else out.num_splits,
         out is not None,
         out is not None and out.row_scale is not None,
         bias is not None,
         post_norm is not None,
         norm is not None,
-        _FORMS[form],
+        FORMS[form],
         block,
         num_warps=warps,
+        **early(x.device),
     )
-
-
-def _num_splits(product: Product) -> int:
-    return 1 if product.values.dim() == 2 else len(product.values)
 
 
 def _operands(product: Product, bias: Tensor | None) -> tuple[Tensor | None, ...]:
     return product.values, product.token_scale, product.row_scale, bias
-
-
-def _outputs(num_tokens: int, width: int, form: Form, device: torch.device) -> Activations:
-    if form == "bf16":
-        return Activations(torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device))
-    shape: tuple[int, ...] = num_tokens, width
-    if form == "tiled":
-        shape = 2 * triton.cdiv(width, UNIT_COLUMNS), padded_tokens(num_tokens), 128
-    return Activations(torch.empty(shape, dtype=FP8, device=device), torch.empty(num_tokens, device=device))
-
-
-def _row(width: int) -> tuple[int, int]:
-    """Columns and warps of a program that holds a row."""
-    block = max(UNIT_COLUMNS, triton.next_power_of_2(width))
-    return block, max(4, min(32, block // _VALUES_PER_WARP))

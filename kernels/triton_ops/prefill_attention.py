@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.prefill import BLOCK_TOKENS, Tokens
+from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.types import AttentionWeights
 
 _LOG2_E = 1.4426950408889634
@@ -93,7 +94,9 @@ def attend_tiles(
     KEYS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_kernel_before(IS_EARLY)
     tile, head = tl.program_id(1), tl.program_id(0)
     first = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
     count = tl.load(tiles_ptr + 4 * tile + 1)
@@ -149,5 +152,6 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
         HAS_WINDOW=w.window is not None,
         num_warps=8 if tokens.tile * w.head_dim > 8192 else 4,
         num_stages=2 if w.head_dim == 256 else 3,
+        **early(query.device),
     )
     return out.flatten(1)

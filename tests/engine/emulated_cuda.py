@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engine.core
-from engine.cuda import decode, prefill, runner
+from engine.cuda import batch, decode, layers, prefill, runner
 from engine.cuda.weights import DeviceWeights, matrix_of
 from kernels import AttentionMetadata, reference
 from kernels.cuda.packing import DeviceWeight
@@ -23,8 +23,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = SimpleNamespace(embed=_embed, dequantize=_dequantize)
     monkeypatch.setattr(runner, "_check_machine", lambda config, device: None)
     monkeypatch.setattr(runner, "resolve_device", lambda config: CPU)
-    monkeypatch.setattr(decode, "tables", tables)
-    monkeypatch.setattr(prefill, "tables", tables)
+    for module in (batch, decode, layers, prefill):
+        monkeypatch.setattr(module, "tables", tables)
     monkeypatch.setattr(decode.DecodeProgram, "_build", _build)
     monkeypatch.setattr(engine.core, "create_runner", runner.CudaModelRunner)
 

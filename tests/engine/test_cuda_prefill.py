@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from engine.cuda.layers import Layers
 from engine.cuda.prefill import Chunk, Prefill
 from engine.cuda.random_model import RandomModel
 from engine.models.config import ModelConfig, RopeConfig
@@ -44,7 +45,7 @@ def make(weights, precision: str = "bf16") -> Prefill:
     ]
     order = torch.randperm(4 * BLOCKS, generator=torch.Generator().manual_seed(0))
     table = order.int().view(4, BLOCKS).to(DEVICE)
-    return Prefill(weights, CONFIG, caches, table, DEVICE, precision)
+    return Prefill(Layers(weights, caches, DEVICE, precision), CONFIG, table, DEVICE)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,0 +1,37 @@
+"""CUDA graphs by key, captured when wanted for the second time."""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class Graphs:
+    """The first run of a kind is not captured: it compiles and loads what it needs.
+
+    Graphs hold the addresses of what they read and write: `clear` when those are new ones. On a CPU
+    everything is just run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._seen: set[Hashable] = set()
+        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+
+    def run(self, kind: Hashable, key: Hashable, compute: Callable[[], None]) -> None:
+        """`compute` on the current stream. kind: of keys whose runs load the same code."""
+        if kind not in self._seen or not self._is_gpu:
+            self._seen.add(kind)
+            compute()
+            return
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                compute()
+        graph.replay()
+
+    def clear(self) -> None:
+        self._graphs.clear()
+        self._seen.clear()

@@ -1,0 +1,308 @@
+"""Attention of one new token for each sequence, from the qkv product to the next matrix's input.
+
+A program takes a sequence, a KV head with its query heads (GQA packed: they are rows of one product), and a
+part of the context (split-KV, Dao et al. 2023). It rotates its queries itself; the first part's program also
+rotates the new key, appends it with the value, and begins with them. The second kernel merges the parts.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.prefill import BLOCK_TOKENS, Activations, Form, Product, Tokens
+from kernels.triton_ops.early_launch import early, wait_for_kernel_before
+from kernels.triton_ops.rows import FORMS, load_product, outputs, row_shape, store_activations
+from kernels.types import AttentionWeights
+
+_LOG2_E = 1.4426950408889634
+_KEYS = {64: 64, 128: 64, 256: 32}  # of a step, by head_dim
+_PROGRAMS = 1024  # as many run at once on an H100
+_MAX_SPLITS = 16
+_LONG, _SHORT = 256, 64  # keys of a part at least, with and without enough programs for all multiprocessors
+
+
+@triton.jit
+def parts_of(
+    position,
+    window,
+    MIN_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """First cached key that counts (a multiple of KEYS), keys of a part, number of parts."""
+    begin = position * 0
+    if HAS_WINDOW:
+        begin = tl.maximum(position - window + 1, 0) // KEYS * KEYS
+    size = ((position - begin + SPLITS - 1) // SPLITS + KEYS - 1) // KEYS * KEYS
+    size = tl.maximum(size, MIN_KEYS)
+    return begin, size, tl.maximum((position - begin + size - 1) // size, 1)
+
+
+@triton.jit
+def rotated(
+    qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, norm_ptr, token, at, mask, width, half, cos, sin, eps,
+    dtype, SPLITS: tl.constexpr, HALF: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Both halves of heads [R, HALF] whose first columns are `at`, as the cache has them."""
+    first = load_product(
+        qkv_ptr,
+        token_scale_ptr,
+        row_scale_ptr,
+        bias_ptr,
+        token,
+        at,
+        mask,
+        width,
+        SPLITS,
+        HAS_SCALES,
+        HAS_BIAS,
+    )
+    second = load_product(
+        qkv_ptr,
+        token_scale_ptr,
+        row_scale_ptr,
+        bias_ptr,
+        token,
+        at + HALF,
+        mask,
+        width,
+        SPLITS,
+        HAS_SCALES,
+        HAS_BIAS,
+    )
+    if HAS_NORM:
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first *= inverse * tl.load(norm_ptr + half)
+        second *= inverse * tl.load(norm_ptr + HALF + half)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit
+def attend_part(
+    qkv_ptr,  # a product [T, (heads + 2 kv_heads) * dim]
+    token_scale_ptr,
+    row_scale_ptr,
+    bias_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,  # float32 [positions, dim / 2]
+    sin_ptr,
+    positions_ptr,
+    rows_ptr,
+    table_ptr,
+    k_cache_ptr,  # bfloat16 [blocks, kv_heads, 16, dim], the new key written
+    v_cache_ptr,
+    parts_ptr,  # float32 [parts, T, heads, dim], written: a part's weighted mean of the values
+    lse_ptr,  # float32 [parts, T, heads], written: base-2 logarithm of its sum
+    eps,
+    scale,
+    window,
+    table_stride,
+    num_kv_heads,
+    GROUP: tl.constexpr,  # query heads of a KV head
+    ROWS: tl.constexpr,  # at least GROUP, and 16 for the tensor cores
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    wait_for_kernel_before(IS_EARLY)
+    HALF: tl.constexpr = DIM // 2
+    token, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions_ptr + token)
+    begin, size, count = parts_of(tl.maximum(position, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW)
+    if (position >= 0) & (part < count):
+        num_heads = num_kv_heads * GROUP
+        width = (num_heads + 2 * num_kv_heads) * DIM
+        dtype = k_cache_ptr.dtype.element_ty
+        at_row, half, at_dim = (
+            tl.arange(0, ROWS)[:, None],
+            tl.arange(0, HALF)[None, :],
+            tl.arange(0, DIM)[None, :],
+        )
+        cos = tl.load(cos_ptr + position.to(tl.int64) * HALF + half)
+        sin = tl.load(sin_ptr + position.to(tl.int64) * HALF + half)
+        first, second = rotated(
+            qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, q_norm_ptr, token,
+            (kv_head * GROUP + at_row) * DIM + half, (at_row < GROUP) & (half < HALF), width, half, cos, sin,
+            eps, dtype, SPLITS, HALF, HAS_SCALES, HAS_BIAS, HAS_Q_NORM,
+        )  # fmt: skip
+        blocks_ptr = table_ptr + tl.load(rows_ptr + token).to(tl.int64) * table_stride
+        kv_at = kv_head * BLOCK_TOKENS * DIM
+        block_stride = num_kv_heads * BLOCK_TOKENS * DIM
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DIM), tl.float32)
+        if part == 0:
+            key_at = (num_heads + kv_head) * DIM
+            new_first, new_second = rotated(
+                qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, k_norm_ptr, token, key_at + half,
+                half < HALF, width, half, cos, sin, eps, dtype, SPLITS, HALF, HAS_SCALES, HAS_BIAS,
+                HAS_K_NORM,
+            )  # fmt: skip
+            value = load_product(
+                qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, token,
+                key_at + num_kv_heads * DIM + at_dim, at_dim < DIM, width, SPLITS, HAS_SCALES, HAS_BIAS,
+            ).to(dtype)  # fmt: skip
+            block = tl.load(blocks_ptr + position // BLOCK_TOKENS).to(tl.int64)
+            to = block * block_stride + kv_at + position % BLOCK_TOKENS * DIM
+            tl.store(k_cache_ptr + to + half, new_first)
+            tl.store(k_cache_ptr + to + HALF + half, new_second)
+            tl.store(v_cache_ptr + to + at_dim, value)
+            products = first.to(tl.float32) * new_first.to(tl.float32)
+            products += second.to(tl.float32) * new_second.to(tl.float32)
+            largest = tl.sum(products, axis=1) * scale
+            total += 1.0
+            acc += value.to(tl.float32)
+        low = begin + part * size
+        for i in range(low, tl.minimum(low + size, position), KEYS):
+            key = i + tl.arange(0, KEYS)
+            is_key = key < position
+            block = tl.load(blocks_ptr + key // BLOCK_TOKENS, is_key, other=0).to(tl.int64)
+            offset = (block * block_stride + kv_at + (key % BLOCK_TOKENS) * DIM)[:, None]
+            # Beyond the end the cache holds anything, also NaN, which no probability of zero takes away.
+            mask = is_key[:, None]
+            keys = tl.load(k_cache_ptr + offset + half, mask, other=0.0)
+            scores = tl.dot(first, tl.trans(keys))
+            keys = tl.load(k_cache_ptr + offset + HALF + half, mask, other=0.0)
+            scores = tl.dot(second, tl.trans(keys), scores) * scale
+            is_visible = is_key[None, :]
+            if HAS_WINDOW:
+                is_visible = is_visible & (position - key < window)[None, :]
+            scores = tl.where(is_visible, scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            probs = tl.exp2(scores - new_largest[:, None])
+            shrink = tl.exp2(largest - new_largest)
+            total = total * shrink + tl.sum(probs, axis=1)
+            values = tl.load(v_cache_ptr + offset + at_dim, mask, other=0.0)
+            acc = tl.dot(probs.to(dtype), values, acc * shrink[:, None])
+            largest = new_largest
+        head_at = (part * tl.num_programs(0) + token) * num_heads + kv_head * GROUP + at_row
+        is_row = at_row < GROUP
+        tl.store(parts_ptr + head_at * DIM + at_dim, acc / total[:, None], is_row)
+        tl.store(lse_ptr + head_at, (largest + tl.log2(total))[:, None], is_row)
+
+
+@triton.jit
+def merge_parts(
+    parts_ptr,
+    lse_ptr,
+    positions_ptr,
+    out_ptr,  # [T, heads * dim] in the form, written
+    scale_ptr,  # float32 [T], written
+    padded,
+    window,
+    width,
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    wait_for_kernel_before(IS_EARLY)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    position = tl.load(positions_ptr + token)
+    _, _, count = parts_of(tl.maximum(position, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW)
+    count = tl.where(position >= 0, count, 0)  # padding becomes zeros
+    heads = width // DIM
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    value = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        row = part * tl.num_programs(0) + token
+        lse = tl.load(lse_ptr + row * heads + at // DIM, mask, other=0.0)
+        new_largest = tl.maximum(largest, lse)
+        shrink, share = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
+        total = total * shrink + share
+        value = value * shrink + share * tl.load(parts_ptr + row * width + at, mask, other=0.0)
+        largest = new_largest
+    value = tl.where(mask, value / tl.where(total > 0.0, total, 1.0), 0.0)
+    store_activations(value, token, at, width, out_ptr, scale_ptr, padded, FORM)
+
+
+def attend_next(
+    qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens, form: Form
+) -> Activations:
+    """See `kernels.prefill.attend_next`."""
+    num_tokens, device, width = qkv.values.shape[-2], qkv.values.device, w.num_heads * w.head_dim
+    group = w.num_heads // w.num_kv_heads
+    programs = num_tokens * w.num_kv_heads
+    parts = max(2, min(_MAX_SPLITS, _PROGRAMS // programs))
+    sizes = {
+        "DIM": w.head_dim,
+        "KEYS": _KEYS[w.head_dim],
+        "MIN_KEYS": _SHORT if 4 * programs <= _PROGRAMS else _LONG,
+        "MAX_PARTS": parts,
+        "HAS_WINDOW": w.window is not None,
+    }
+    means = torch.empty(parts, num_tokens, w.num_heads, w.head_dim, device=device)
+    lse = torch.empty(parts, num_tokens, w.num_heads, device=device)
+    attend_part[(num_tokens, w.num_kv_heads, parts)](
+        qkv.values,
+        qkv.token_scale,
+        qkv.row_scale,
+        w.qkv_bias,
+        w.q_norm,
+        w.k_norm,
+        w.cos,
+        w.sin,
+        tokens.positions,
+        tokens.rows,
+        tokens.block_table,
+        *caches,
+        means,
+        lse,
+        w.eps,
+        w.scale * _LOG2_E,
+        w.window or 0,
+        tokens.block_table.stride(0),
+        w.num_kv_heads,
+        GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        SPLITS=qkv.num_splits,
+        HAS_SCALES=qkv.row_scale is not None,
+        HAS_BIAS=w.qkv_bias is not None,
+        HAS_Q_NORM=w.q_norm is not None,
+        HAS_K_NORM=w.k_norm is not None,
+        num_warps=4,
+        num_stages=2,
+        **sizes,
+        **early(device),
+    )
+    out = outputs(num_tokens, width, form, device)
+    block, warps = row_shape(width)
+    merge_parts[(num_tokens,)](
+        means,
+        lse,
+        tokens.positions,
+        out.values,
+        out.scale,
+        out.padded_tokens,
+        w.window or 0,
+        width,
+        FORM=FORMS[form],
+        BLOCK=block,
+        num_warps=warps,
+        **sizes,
+        **early(device),
+    )
+    return out

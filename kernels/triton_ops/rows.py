@@ -1,0 +1,73 @@
+"""Rows of products read, rows of activations written: what the kernels between the products share."""
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.prefill import FP8, FP8_MAX, TILED_MAX, UNIT_COLUMNS, Activations, Form, padded_tokens
+
+_UNIT = tl.constexpr(UNIT_COLUMNS)
+_FP8_MAX, _TILED_MAX = tl.constexpr(FP8_MAX), tl.constexpr(TILED_MAX)
+_VALUES_PER_WARP = 512  # of a row in registers: 16 floats a lane
+FORMS = {"bf16": 0, "fp8": 1, "tiled": 2}
+
+
+@triton.jit
+def load_product(
+    ptr,
+    token_scale_ptr,
+    row_scale_ptr,
+    bias_ptr,
+    row,
+    at,
+    mask,
+    width,
+    SPLITS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Columns `at` of a row of a product, float32. Axis 0 of the grid is the rows."""
+    value = tl.load(ptr + row * width + at, mask, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        value += tl.load(ptr + (split * tl.num_programs(0) + row) * width + at, mask, other=0.0)
+    if HAS_SCALES:
+        value *= tl.load(token_scale_ptr + row) * tl.load(row_scale_ptr + at, mask, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + at, mask, other=0.0)
+    return value
+
+
+@triton.jit
+def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
+    """A whole row of a matrix's input; value is zero from `width` on. FORM: see FORMS."""
+    if FORM > 0:
+        LIMIT: tl.constexpr = _TILED_MAX if FORM == 2 else _FP8_MAX
+        largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-20)
+        tl.store(scale_ptr + row, largest / LIMIT)
+        value *= LIMIT / largest
+    if FORM == 2:
+        place = (at & -32) | ((at >> 2 & 1) << 4) | ((at & 1) << 3) | ((at >> 3 & 3) << 1) | (at >> 1 & 1)
+        piece = (place >> 3 & 7) ^ (row & 7)
+        to = ((place >> 6) * padded + row) * 64 + piece * 8 + (place & 7)
+        mask = at < (width + _UNIT - 1) // _UNIT * _UNIT
+    else:
+        to = row * width + at
+        mask = at < width
+    tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask)
+
+
+def outputs(num_tokens: int, width: int, form: Form, device: torch.device) -> Activations:
+    if form == "bf16":
+        return Activations(torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device))
+    scale = torch.empty(num_tokens, device=device)
+    if form == "fp8":
+        return Activations(torch.empty(num_tokens, width, dtype=FP8, device=device), scale)
+    shape = triton.cdiv(width, UNIT_COLUMNS) * (UNIT_COLUMNS // 64), padded_tokens(num_tokens), 64
+    return Activations(torch.empty(shape, dtype=torch.float16, device=device), scale)
+
+
+def row_shape(width: int) -> tuple[int, int]:
+    """Columns and warps of a program that holds a row."""
+    block = max(UNIT_COLUMNS, triton.next_power_of_2(width))
+    return block, max(4, min(32, block // _VALUES_PER_WARP))
