@@ -71,7 +71,7 @@ def started(
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         has_haproxy = ray_environment.prepare(config, temporary)
-        with _ray(temporary, num_gpus, ray_environment.drain_s(config)):
+        with own_ray(temporary, num_gpus, ray_environment.drain_s(config)):
             deploy(config, num_gpus, has_haproxy=has_haproxy, factory=factory)
             yield f"http://{config.cluster.host}:{config.cluster.port}"
     finally:
@@ -79,7 +79,8 @@ def started(
 
 
 @contextlib.contextmanager
-def _ray(temporary: Path, num_gpus: int, drain_s: float) -> Iterator[None]:
+def own_ray(temporary: Path, num_gpus: int, drain_s: float) -> Iterator[None]:
+    """A Ray of this process's own, on loopback, gone afterwards with all it started."""
     import ray
     from ray import serve
 

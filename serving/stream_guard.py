@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from serving import stream_guard_process
-from serving.stream_guard_process import KEY_BYTES, MAX_MESSAGE_BYTES
+from serving.stream_guard_process import COUNT_BYTES, KEY_BYTES, MAX_MESSAGE_BYTES, bytes_written
 
 logger = logging.getLogger(__name__)
 
+MAX_WORDS_BYTES = MAX_MESSAGE_BYTES - 1 - KEY_BYTES - COUNT_BYTES
 _START_TIMEOUT_S = 20.0
 _MAX_PID_BYTES = 32
 
@@ -57,21 +58,28 @@ class StreamGuard:
     def watch(self, scope: Mapping[str, Any], last_words: bytes) -> bytes | None:
         """Say `last_words` (an HTTP/1.1 body's bytes) on this request's connection if this process dies.
 
-        To be called once part of the body was sent, so that a connection that has answered nothing yet is
-        cut, and the request tried elsewhere. Returns what `release` takes.
+        To be called before the first byte of the response: while none was sent, the connection is only cut,
+        so that the request is tried elsewhere. Returns what `release` takes.
         """
         if self._control is None or scope.get("http_version") != "1.1":
             return None
-        if len(last_words) > MAX_MESSAGE_BYTES - 1 - KEY_BYTES:
-            raise ValueError(f"last_words: at most {MAX_MESSAGE_BYTES - 1 - KEY_BYTES} bytes")
+        if len(last_words) > MAX_WORDS_BYTES:
+            raise ValueError(f"last_words: at most {MAX_WORDS_BYTES} bytes, got {len(last_words)}")
         descriptor = self._descriptor(scope)
         if descriptor is None:
             return None
+        try:
+            with _borrowed(descriptor) as connection:
+                written = bytes_written(connection).to_bytes(COUNT_BYTES, "little")
+        except OSError:
+            return None
         key = next(self._keys).to_bytes(KEY_BYTES, "little")
-        return key if self._send(b"W" + key + last_words, [descriptor]) else None
+        return key if self._send(b"W" + key + written + last_words, [descriptor]) else None
 
     def release(self, key: bytes) -> None:
-        """The stream ends by itself. Before its last chunk, so that nothing is ever said after it."""
+        """The stream has ended. At once after its last chunk: what the guard would say then, the proxy takes
+        for noise on an idle connection.
+        """
         self._send(b"R" + key, [])
 
     def close(self) -> None:

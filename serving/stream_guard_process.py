@@ -4,35 +4,53 @@ It holds a duplicate of each streaming connection's socket and what to say on it
 passes through it: it writes once, when its replica's end of the control socket closes. Imports the standard
 library alone, so that it starts in milliseconds and weighs little.
 
-It says its process id first. Control messages, one a packet: b"W" + key + last words, with the connection's
-descriptor; b"R" + key.
+It says its process id first. Control messages, one a packet: b"W" + key + bytes written before + last words,
+with the connection's descriptor; b"R" + key.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import sys
+import termios
 
 KEY_BYTES = 8
+COUNT_BYTES = 8
 MAX_MESSAGE_BYTES = 65_536
 _SEND_TIMEOUT_S = 1.0
+_TCPI_BYTES_ACKED = 120  # its offset in Linux' struct tcp_info (include/uapi/linux/tcp.h)
+
+
+def bytes_written(connection: socket.socket) -> int:
+    """How much was ever written to a TCP connection, up to a constant: what was acknowledged, and what waits.
+
+    Only while nobody writes. Raises OSError.
+    """
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    (acknowledged,) = struct.unpack_from("Q", info, _TCPI_BYTES_ACKED)
+    (waiting,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
+    return int(acknowledged) + int(waiting)
 
 
 def main(control: socket.socket) -> None:
     """Until the replica is gone; then the last words, and the end."""
-    held: dict[bytes, tuple[int, bytes]] = {}
+    held: dict[bytes, tuple[int, int, bytes]] = {}
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
         if not message:
             break
-        kind, key, words = message[:1], message[1 : 1 + KEY_BYTES], message[1 + KEY_BYTES :]
+        kind, key, rest = message[:1], message[1 : 1 + KEY_BYTES], message[1 + KEY_BYTES :]
         if kind == b"W" and descriptors:
-            held[key] = descriptors[0], words
+            held[key] = descriptors[0], int.from_bytes(rest[:COUNT_BYTES], "little"), rest[COUNT_BYTES:]
         elif kind == b"R" and key in held:
             os.close(held.pop(key)[0])
-    for descriptor, words in held.values():
+    for descriptor, written_before, words in held.values():
         with contextlib.suppress(OSError), socket.socket(fileno=descriptor) as connection:
+            if bytes_written(connection) == written_before:
+                continue  # no byte of an answer: cut, so that the request is tried elsewhere
             connection.settimeout(_SEND_TIMEOUT_S)
             connection.sendall(words)
             connection.shutdown(socket.SHUT_WR)

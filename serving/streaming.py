@@ -44,22 +44,13 @@ class SseResponse(StreamingResponse):
         await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
-        watch = None
-        async with contextlib.aclosing(self._chunks):
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            try:
-                is_first = True
-                async for chunk in self._chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    if is_first and self._guard is not None:
-                        watch = self._guard.watch(self._scope, _LAST_WORDS)
-                    is_first = False
-            finally:
-                if watch is not None and self._guard is not None:
-                    self._guard.release(watch)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        watch = self._guard.watch(self._scope, _LAST_WORDS) if self._guard is not None else None
+        try:
+            async with contextlib.aclosing(self._chunks):
+                await super().stream_response(send)
+        finally:
+            if watch is not None and self._guard is not None:
+                self._guard.release(watch)
 
 
 def event(payload: object) -> bytes:

@@ -37,7 +37,7 @@ class Dispatcher:
 
     reply_to: host:port where replicas report to.
     new_replica_delay_s: a replica is chosen only that long after it was first listed, when the proxy must
-        know it too.
+        know it too; at once where less than half of the replicas could be chosen otherwise.
     """
 
     router: Router
@@ -77,9 +77,8 @@ class Dispatcher:
     def list_replicas(self, replica_ids: Iterable[str]) -> None:
         """Those that run, as the cluster's controller knows them."""
         now_s, listed = self.clock(), set(replica_ids)
-        is_first = not self._listed_at_s
         for replica_id in listed - self._listed_at_s.keys():
-            self._listed_at_s[replica_id] = now_s - (self.new_replica_delay_s if is_first else 0.0)
+            self._listed_at_s[replica_id] = now_s
         for replica_id in self._listed_at_s.keys() - listed:
             del self._listed_at_s[replica_id]
             self._gone.discard(replica_id)
@@ -100,6 +99,7 @@ class Dispatcher:
         if replica_id in self._listed_at_s:
             self._gone.add(replica_id)
         self._remove(replica_id)
+        self._admit_listed()
 
     def receive(self, replica_id: str, message: Message) -> None:
         match message:
@@ -149,10 +149,11 @@ class Dispatcher:
         }
 
     def _admit_listed(self) -> None:
-        now_s, known = self.clock(), set(self.router.fleet.replica_ids())
+        now_s, fleet = self.clock(), self.router.fleet
         for replica_id, listed_at_s in self._listed_at_s.items():
             is_settled = now_s - listed_at_s >= self.new_replica_delay_s
-            if replica_id not in known and replica_id not in self._gone and is_settled:
+            is_needed = 2 * len(fleet) < len(self._listed_at_s)
+            if replica_id not in fleet and replica_id not in self._gone and (is_settled or is_needed):
                 self.router.add_replica(replica_id)
 
     def _remove(self, replica_id: str) -> None:

@@ -43,7 +43,7 @@ class RoutingSettings(BaseModel):
     replica, so that longer ones are not retried once a replica has read them."""
     routers_per_node: int = Field(default=2, ge=1, le=8)
     """On each node with a proxy; one that is replaced or has failed leaves the others to be asked."""
-    new_replica_delay_s: float = Field(default=5.0, ge=0, le=60)
+    new_replica_delay_s: float = Field(default=3.0, ge=0, le=60)
     """A new replica gets requests only that long after the router heard of it: the proxy must know it."""
 
 

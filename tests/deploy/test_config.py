@@ -53,6 +53,8 @@ def test_options_win_over_the_file(tmp_path):
         ("cluster: {port: high}", r"cluster\.port: .*integer"),
         ("cluster: {port: 70000}", r"cluster\.port: .*65535"),
         ("cluster: {haproxy: maybe}", r"cluster\.haproxy: .*'auto', 'on' or 'off'"),
+        ("routing: {policy: fastest}", r"routing\.policy: .*'latency', 'round_robin'.*'none'"),
+        ("cluster: {autoscaling: {max_replicas: 0}}", r"cluster\.autoscaling\.max_replicas: .*"),
         ("engine: {device: tpu}", r"engine\.device: .*'auto', 'cpu' or 'cuda'"),
         ("engine: {token_budget: 8}", r"engine\.token_budget: must be at least max_num_seqs"),
         ("engine: 5", r"engine: must be a mapping"),

@@ -1,5 +1,6 @@
 """The guard speaks when its replica is killed, and only then."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,25 +15,27 @@ from serving.stream_guard import StreamGuard, chunked
 WORDS = chunked(b'data: {"error":{}}\n\n')
 TIMEOUT_S = 20.0
 
-# A replica of a few lines: answers two connections with the beginning of a body, lets one go, then waits.
+# A replica of a few lines: answers two connections of three with the beginning of a body, ends one, waits.
 REPLICA = """
 import socket, sys, time
 from serving.stream_guard import StreamGuard, chunked
 guard = StreamGuard()
 listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
-for ends_well in (False, True):
+connections = []
+for what in ("cut", "whole", "silent"):
     connection, peer = listener.accept()
+    connections.append(connection)
     connection.recv(100)
-    connection.sendall(b"5\\r\\nhello\\r\\n")
+    connection.sendall(b"an earlier answer")
     scope = {"client": peer, "server": connection.getsockname(), "http_version": "1.1"}
     key = guard.watch(scope, chunked(b'data: {"error":{}}\\n\\n'))
     assert key is not None
-    if ends_well:
-        guard.release(key)
+    if what != "silent":
+        connection.sendall(b"5\\r\\nhello\\r\\n")
+    if what == "whole":
         connection.sendall(b"0\\r\\n\\r\\n")
-    else:
-        open_one = connection
+        guard.release(key)
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -45,20 +48,21 @@ def read_all(connection: socket.socket) -> bytes:
     return data
 
 
-def test_a_killed_process_leaves_last_words_on_its_open_streams_alone():
+def test_a_killed_process_leaves_last_words_on_the_streams_that_had_begun():
     replica = subprocess.Popen([sys.executable, "-c", REPLICA], stdout=subprocess.PIPE, text=True)
     try:
         address = ("127.0.0.1", int(replica.stdout.readline()))
-        with (
-            socket.create_connection(address, TIMEOUT_S) as cut,
-            socket.create_connection(address, TIMEOUT_S) as whole,
-        ):
-            cut.sendall(b"x")
-            whole.sendall(b"x")
+        with contextlib.ExitStack() as stack:
+            cut, whole, silent = (
+                stack.enter_context(socket.create_connection(address, TIMEOUT_S)) for _ in range(3)
+            )
+            for client in (cut, whole, silent):
+                client.sendall(b"x")
             assert replica.stdout.readline() == "ready\n"
             os.kill(replica.pid, signal.SIGKILL)
-            assert read_all(cut) == b"5\r\nhello\r\n" + WORDS
-            assert read_all(whole) == b"5\r\nhello\r\n0\r\n\r\n"
+            assert read_all(cut) == b"an earlier answer5\r\nhello\r\n" + WORDS
+            assert read_all(whole) == b"an earlier answer5\r\nhello\r\n0\r\n\r\n"
+            assert read_all(silent) == b"an earlier answer"
     finally:
         replica.kill()
         replica.wait(TIMEOUT_S)

@@ -93,13 +93,23 @@ def test_a_replica_that_left_takes_its_requests_off_the_books():
 
 
 def test_a_new_replica_waits_until_the_proxy_knows_it():
-    dispatcher, clock = make_dispatcher(1, new_replica_delay_s=2.0)
-    assert dispatcher.router.fleet.replica_ids() == ["r0"]  # the first ones: there is no other choice
-    dispatcher.list_replicas(["r0", "r1"])
-    assert dispatcher.router.fleet.replica_ids() == ["r0"]
-    clock.now_s += 2.1
+    dispatcher, clock = make_dispatcher(2, new_replica_delay_s=2.0)
+    clock.now_s += 2.0
+    dispatcher.list_replicas(["r0", "r1", "r2"])
+    assert set(dispatcher.router.fleet.replica_ids()) == {"r0", "r1"}
+    clock.now_s += 1.9
     dispatcher.sweep()
-    assert dispatcher.router.fleet.replica_ids() == ["r0", "r1"]
+    assert set(dispatcher.router.fleet.replica_ids()) == {"r0", "r1"}
+    clock.now_s += 0.2
+    dispatcher.sweep()
+    assert set(dispatcher.router.fleet.replica_ids()) == {"r0", "r1", "r2"}
+
+
+def test_a_new_replica_does_not_wait_where_the_others_have_left():
+    dispatcher, _ = make_dispatcher(2, new_replica_delay_s=2.0)
+    assert len(dispatcher.router.fleet) > 0
+    dispatcher.list_replicas(["r2", "r3"])
+    assert send(dispatcher)[1] in ("r2", "r3")
 
 
 def test_a_replica_that_makes_no_steps_gets_nothing_until_it_does():
