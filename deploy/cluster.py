@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imports ray, which reads its environment then
 
 # What a replica's process takes beside weights and KV cache: interpreter, torch, Ray.
 _REPLICA_OVERHEAD_BYTES = 700 * 2**20
-_CLUSTER_OVERHEAD_BYTES = 900 * 2**20
+_CLUSTER_OVERHEAD_BYTES = 1200 * 2**20  # two request routers among it
 _DEFAULT_KV_BYTES = 2**30
 _OBJECT_STORE_BYTES = 80 * 2**20  # requests travel over HTTP; Ray's store only carries deployment code
 APP_NAME = "peregrine"
@@ -71,15 +71,19 @@ def started(
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         has_haproxy = ray_environment.prepare(config, temporary)
-        with own_ray(temporary, num_gpus, ray_environment.drain_s(config)):
+        with own_ray(temporary, num_gpus):
             deploy(config, num_gpus, has_haproxy=has_haproxy, factory=factory)
-            yield f"http://{config.cluster.host}:{config.cluster.port}"
+            try:
+                yield f"http://{config.cluster.host}:{config.cluster.port}"
+            finally:
+                with contextlib.suppress(Exception):
+                    _drain(time.monotonic() + ray_environment.drain_s(config))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def own_ray(temporary: Path, num_gpus: int, drain_s: float) -> Iterator[None]:
+def own_ray(temporary: Path, num_gpus: int) -> Iterator[None]:
     """A Ray of this process's own, on loopback, gone afterwards with all it started."""
     import ray
     from ray import serve
@@ -101,8 +105,6 @@ def own_ray(temporary: Path, num_gpus: int, drain_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):
-            _drain(time.monotonic() + drain_s)
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()

@@ -51,7 +51,7 @@ def prepare(config: PeregrineConfig, temporary: Path) -> bool:
         # answer, or was answered with 503 (loading, leaving, engine gone). Generation has no side effects.
         # A refusal is a 429 and stands.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
-        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # HAProxy goes with its actor, which Ray starts again after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",

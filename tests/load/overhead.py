@@ -93,7 +93,7 @@ def replica_url(url: str) -> str:
 def two_hops(config: PeregrineConfig) -> dict[str, float]:
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     ray_environment.prepare(config, temporary)
-    with own_ray(temporary, 0, drain_s=10.0):
+    with own_ray(temporary, 0):
         from fastapi import FastAPI, Request
         from fastapi.responses import StreamingResponse
         from ray import serve
