@@ -150,9 +150,12 @@ def deploy(
         ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if num_gpus else 0},
     )
     # Ray would take every deployment for a change of code and replace all replicas, also to scale.
-    deployment._version = _version_of(config.engine, config.serving)
-    application = deployment.bind(config.engine, config.serving, factory or start_async_engine)
-    if has_haproxy and config.routing.policy != "none":
+    has_router = has_haproxy and config.routing.policy != "none"
+    deployment._version = _version_of(config.engine, config.serving, has_router)
+    application = deployment.bind(
+        config.engine, config.serving, factory or start_async_engine, has_router=has_router
+    )
+    if has_router:
         router = build_router(config.routing, config.serving.tiers, deployment.name)
         router._bound_deployment._version = _version_of(config.routing, config.serving.tiers)
         application = application._with_ingress_request_router(router)

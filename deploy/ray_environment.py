@@ -30,6 +30,8 @@ def prepare(config: PeregrineConfig, temporary: Path) -> bool:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "disabled",  # this cluster has one user and listens on loopback
         "RAY_TMPDIR": str(temporary),
+        # Ray gives its workers the lowest priority but a few (15); these answer users.
+        "RAY_worker_niceness": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if use_haproxy else "0",
         # Request path: user code on the replica's own loop, buffered access log.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

@@ -42,13 +42,21 @@ class Replica:
     """One engine and its HTTP app, in one process."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineConfig, settings: ServingSettings, factory: EngineFactory = start_async_engine
+        self,
+        config: EngineConfig,
+        settings: ServingSettings,
+        factory: EngineFactory = start_async_engine,
+        *,
+        has_router: bool = False,
     ) -> None:
+        """has_router: a proxy in front vouches for the router's headers; without one nobody does, and they
+        are ignored.
+        """
         replica_id = serve.get_replica_context().replica_id
         self._config = config
         recorder = Recorder()
         self._name = replica_id.to_full_id_str()
-        self._links = RouterLinks(self._hello, self._report, recorder)
+        self._links = RouterLinks(self._hello, self._report, recorder) if has_router else None
         self._is_hung = False
         self._guard = StreamGuard()
         self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
@@ -115,7 +123,8 @@ class Replica:
         self._publisher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._publisher
-        await self._links.close()
+        if self._links is not None:
+            await self._links.close()
         await self._engine.shutdown()
         self._guard.close()
 

@@ -97,7 +97,7 @@ async def respond(
     arrival: float = request.state.arrival_time
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
     flight: Flight | None = request.state.flight
-    if (wait_s := refusal_wait_s(request.headers)) is not None:
+    if state.links is not None and (wait_s := refusal_wait_s(request.headers)) is not None:
         state.recorder.record_refusal("router")
         message = "Every replica is full, failing or leaving; retry later."
         raise overloaded(message, max(state.settings.retry_after_s, math.ceil(wait_s)))

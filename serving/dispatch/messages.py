@@ -4,7 +4,7 @@ import json
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from serving.routing.cost_estimate import EngineLimits, EngineSample
+from serving.routing import EngineLimits, EngineSample
 
 EndReason = Literal["finished", "aborted", "failed"]
 END_REASONS: tuple[EndReason, ...] = ("finished", "aborted", "failed")
