@@ -41,6 +41,7 @@ struct MatmulPhase {
   int32_t k;  // columns of x that are there; the rest of the last unit counts as zero
   float eps;
   Marks x_marks, delta_marks, stream_marks, out_marks;
+  int32_t copy;  // which of the two prepared activations
   Segment segments[3];
   const float* x;           // kPlain: [tokens, k]. kNorm: the residual stream before `delta`
   const float* norm;        // [k]
@@ -89,7 +90,9 @@ struct Step {
   float* split_out;  // [slots, 8, columns of an item]: attention of a split
   float* split_lse;  // [slots, 8, 2]: its maximum and sum
   uint32_t* split_count;  // [tokens * kv_heads * head groups * halves]; zero between launches
-  uint8_t* prepared;      // Activations of the widest x
-  float* prepared_squares;  // [units][tokens]
+  uint8_t* prepared;        // [2, prepared_stride]: Activations of the widest x
+  float* prepared_squares;  // [2, squares_stride]: [units][tokens]
+  int64_t prepared_stride, squares_stride;
   int32_t ring_bytes, x_bytes, factor_bytes, slabs_that_fit;
+  int32_t stragglers;  // a phase that reads marked values begins while so many blocks are still at the phase before
 };

@@ -26,6 +26,12 @@ extern __shared__ __align__(128) uint8_t shared[];
 // 1.98 with 64 KB, 1.96 with 72).
 constexpr uint32_t kMostFlyingBytes = 72 << 10;
 
+// While the ring is full, the memory goes on: what the ring will take next comes into L2. At most so much of it (38 MB of
+// all blocks), a piece after so many cycles: no faster than memory can deliver. Not units of 2 bits, whose consumers
+// are slower than memory anyway.
+constexpr uint32_t kMostAheadBytes = 288 << 10, kAheadPiece = 4 << 10, kAheadCycles = 340;
+constexpr uint32_t kAheadUnitBytes = 1280;
+
 template <int kMma>
 constexpr int kSumsBuffers = kMma == 4 ? 2 : 4;  // slabs that consumers may be ahead of the epilogue
 template <int kMma>
@@ -34,7 +40,7 @@ constexpr int kSumsBytes = kSumsBuffers<kMma> * kWarps * kTileRows * 4 * kMma * 
 struct Control {
   uint64_t stage_full[kMaxStages], stage_empty[kMaxStages];
   uint64_t sums_full[4], sums_empty[4];
-  uint64_t phase_done;
+  uint64_t phase_done, phase_written;  // by the consumers; by the epilogue
   uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
   uint32_t stage_bytes[kMaxStages];
   uint64_t x_full;
@@ -85,6 +91,22 @@ struct Plan {
     return phase.segments[segment];
   }
 
+  __device__ int num_tiles(const MatmulPhase& phase) const {
+    const int own = items > first ? (items - first + gridDim.x - 1) / gridDim.x : 0;
+    return phase.kind == kGated ? 2 * own : own;
+  }
+
+  // The block's tile of this number, in the order of for_each.
+  __device__ const Segment& tile_of(const MatmulPhase& phase, int number, int& tile) const {
+    if (phase.kind == kGated) {
+      tile = first + number / 2 * gridDim.x;
+      return phase.segments[number % 2];
+    }
+    int row = 0;
+    tile = first + number * gridDim.x;
+    return locate(phase, tile, row);
+  }
+
   __device__ int num_passes() const { return (slabs + slabs_per_pass - 1) / slabs_per_pass; }
 };
 
@@ -127,8 +149,10 @@ struct RingWriter {
   uint32_t at = 0, head = 0, tail = 0;       // stages issued, stages known to be free again
   uint32_t landed = 0, flying_bytes = 0;     // stages known to have come; bytes of the others
 
-  // One thread: room for a stage; the copies into it must complete on `bar`.
-  __device__ uint8_t* open(uint32_t bytes, uint64_t*& bar) {
+  // One thread: room for a stage; the copies into it must complete on `bar`. idle(): something to do while the ring is
+  // full; false when there is nothing more.
+  template <class Idle>
+  __device__ uint8_t* open(uint32_t bytes, uint64_t*& bar, Idle idle) {
     const uint32_t taken = bytes + (at + bytes > ring_bytes ? ring_bytes - at : 0);
     while (landed < head && (flying_bytes + bytes > kMostFlyingBytes || head - landed == kMaxStages)) {
       mbarrier_wait(&control.stage_full[landed % kMaxStages], (landed / kMaxStages) & 1);
@@ -136,7 +160,10 @@ struct RingWriter {
       ++landed;
     }
     while (free_bytes < taken || head - tail == kMaxStages) {
-      mbarrier_wait(&control.stage_empty[tail % kMaxStages], (tail / kMaxStages) & 1);
+      uint64_t* const empty = &control.stage_empty[tail % kMaxStages];
+      const uint32_t parity = (tail / kMaxStages) & 1;
+      while (!mbarrier_try(empty, parity) && idle()) {}
+      mbarrier_wait(empty, parity);
       free_bytes += control.stage_taken[tail % kMaxStages];
       ++tail;
     }
@@ -170,22 +197,65 @@ struct RingReader {
   }
 };
 
+// The block's part of a matrix in the order of the ring: of each tile the units of one pass.
+struct WeightStream {
+  const MatmulPhase* phase;
+  const Plan* plan;
+  int first_unit, num_units;
+  int number = -1, num_tiles;
+  const uint8_t* data = nullptr;
+  uint32_t left = 0;  // bytes of this tile from `data` on
+  uint32_t unit_bytes = 0;
+
+  __device__ WeightStream(const MatmulPhase& phase, const Plan& plan, int first_unit, int num_units)
+      : phase(&phase), plan(&plan), first_unit(first_unit), num_units(num_units), num_tiles(plan.num_tiles(phase)) {
+    skip(0);
+  }
+
+  __device__ bool is_done() const { return number >= num_tiles; }
+
+  // On to the next tile after the last byte of one.
+  __device__ void skip(uint32_t bytes) {
+    data += bytes;
+    left -= bytes;
+    if (left > 0 || ++number >= num_tiles) return;
+    int tile;
+    const Segment& segment = plan->tile_of(*phase, number, tile);
+    unit_bytes = segment.unit_bytes;
+    data = segment.data + (static_cast<int64_t>(tile) * phase->units + first_unit) * unit_bytes;
+    left = num_units * unit_bytes;
+  }
+};
+
 __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingWriter& writer) {
   const Plan plan(phase, step);
   for (int pass = 0; pass < plan.num_passes(); ++pass) {
     const int first = pass * plan.slabs_per_pass * kSlabUnits;
-    const int last = min(first + plan.slabs_per_pass * kSlabUnits, phase.units);
-    plan.for_each(phase, [&](int, int, const Segment& segment, int tile, int) {
-      const uint8_t* data = segment.data + (static_cast<int64_t>(tile) * phase.units + first) * segment.unit_bytes;
-      const int stage_units = units_per_stage(segment.unit_bytes, step.num_tokens > 8);
-      for (int unit = first; unit < last; unit += stage_units) {
-        const uint32_t bytes = min(stage_units, last - unit) * segment.unit_bytes;
-        uint64_t* bar;
-        uint8_t* to = writer.open(bytes, bar);
-        stream_copy(to, data, bytes, bar);
-        data += bytes;
-      }
-    });
+    const int units = min(plan.slabs_per_pass * kSlabUnits, phase.units - first);
+    WeightStream stream(phase, plan, first, units), ahead = stream;
+    uint32_t ahead_bytes = 0;
+    uint32_t last = 0;
+    while (!stream.is_done()) {
+      const uint32_t bytes = min(units_per_stage(stream.unit_bytes, step.num_tokens > 8) * stream.unit_bytes, stream.left);
+      const auto idle = [&] {
+        if (ahead_bytes >= kMostAheadBytes || stream.unit_bytes < kAheadUnitBytes) return false;
+        if (ahead_bytes == 0) ahead = stream;
+        if (ahead.is_done()) return false;
+        const uint32_t now = clock();
+        if (now - last < kAheadCycles) return true;
+        last = now;
+        const uint32_t piece = min(kAheadPiece, ahead.left);
+        bulk_prefetch(ahead.data, piece);
+        ahead.skip(piece);
+        ahead_bytes += piece;
+        return true;
+      };
+      uint64_t* bar;
+      uint8_t* to = writer.open(bytes, bar, idle);
+      stream_copy(to, stream.data, bytes, bar);
+      stream.skip(bytes);
+      ahead_bytes -= min(ahead_bytes, bytes);
+    }
   }
 }
 
@@ -200,7 +270,7 @@ __device__ void stream_cache(const AttentionPhase& phase, const Step& step, cons
         uint64_t* bar;
         uint8_t* to = nullptr;
         const int blocks = min(per_stage, count - begin);
-        if (lane == 0) to = writer.open(blocks * 2 * block_bytes, bar);
+        if (lane == 0) to = writer.open(blocks * 2 * block_bytes, bar, [] { return false; });
         for (int i = 0; i < blocks; ++i) {
           const int64_t block = __shfl_sync(~0u, id, begin - known + i);
           if (lane != 0) continue;
@@ -256,17 +326,27 @@ __device__ void prefetch_phase(const Phase& next, int lane) {
   }
 }
 
+// Two copies in turn, so that one may be written while the product before still reads the other.
+__device__ uint8_t* prepared_codes(const MatmulPhase& phase, const Step& step) {
+  return step.prepared + phase.copy * step.prepared_stride;
+}
+
+__device__ float* prepared_squares(const MatmulPhase& phase, const Step& step) {
+  return step.prepared_squares + phase.copy * step.squares_stride;
+}
+
 // A share of the step's activations, quantized once for all blocks.
 __device__ void prepare(const MatmulPhase& phase, const Step& step, uint32_t odd_launches, int warp, int lane) {
   const int tokens = step.num_tokens;
-  const Activations x(step.prepared, phase.units, tokens);
+  const Activations x(prepared_codes(phase, step), phase.units, tokens);
+  float* const squares = prepared_squares(phase, step);
   const Pairs pairs(blockIdx.x * kWarps + warp, gridDim.x * kWarps, phase.units, tokens);
   if (phase.source == kNorm) {
     const auto delta_scale = [&](int token) { return measure_delta(phase, token, odd_launches, lane); };
     const auto keeps = [](int, int) { return true; };
-    quantize_pairs<1, true>(phase, pairs, x, odd_launches, delta_scale, step.prepared_squares, lane, keeps);
+    quantize_pairs<1, true>(phase, pairs, x, odd_launches, delta_scale, squares, lane, keeps);
   } else {
-    quantize_pairs<1, false>(phase, pairs, x, odd_launches, 0, step.prepared_squares, lane, 0);
+    quantize_pairs<1, false>(phase, pairs, x, odd_launches, 0, squares, lane, 0);
   }
 }
 
@@ -274,7 +354,7 @@ __device__ void prepare(const MatmulPhase& phase, const Step& step, uint32_t odd
 __device__ void copy_prepared(const MatmulPhase& phase, const Step& step, int first, int count, const Activations& x,
                               Control& control, uint32_t parity, int warp, int lane) {
   const int tokens = step.num_tokens;
-  const Activations from(step.prepared, phase.units, tokens);
+  const Activations from(prepared_codes(phase, step), phase.units, tokens);
   if (warp == 0 && lane == 0) {
     proxy_fence();
     mbarrier_arrive_expect(&control.x_full, count * tokens * 544);
@@ -293,7 +373,7 @@ struct SumsWriter {
   uint32_t count = 0;
 
   template <int kMma>
-  __device__ __forceinline__ void write(float (&acc)[kMma][2]) {
+  __device__ __forceinline__ void write(const float (&acc)[kMma][2]) {
     constexpr int kTokens = 4 * kMma;
     constexpr uint32_t kBuffers = kSumsBuffers<kMma>;
     const uint32_t buffer = count % kBuffers;
@@ -302,10 +382,7 @@ struct SumsWriter {
 #pragma unroll
     for (int j = 0; j < kMma; ++j)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        to[8 * r * kTokens + 4 * j] = acc[j][r];
-        acc[j][r] = 0;
-      }
+      for (int r = 0; r < 2; ++r) to[8 * r * kTokens + 4 * j] = acc[j][r];
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&control.sums_full[buffer]);
     ++count;
@@ -316,20 +393,42 @@ struct SumsWriter {
 template <class F, int kMma, bool kOne>
 __device__ __forceinline__ void tile_dot(const Activations& x, int count, int tokens, uint32_t zeros,
                                          RingReader& ring, SumsWriter& sums) {
-  float acc[kMma][2] = {};
   const UnitActivations all{shared_address(x.codes), shared_address(x.sums), shared_address(x.scales)};
   constexpr int kStage = units_per_stage(F::kUnitBytes, kMma == 4);
-  for (int begin = 0; begin < count; begin += kStage) {
-    const int here = min(kStage, count - begin);
-    const uint32_t stage = shared_address(ring.next(here * F::kUnitBytes));
-#pragma unroll 1  // twice the code in one piece was half as fast
-    for (int unit = sums.warp; unit < here; unit += kWarps) {
-      const int pairs = (begin + unit) * tokens;
-      const UnitActivations ux{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4};
-      unit_dot<F, kMma, kOne>(stage + unit * F::kUnitBytes, ux, tokens, zeros, sums.lane, acc);
+  // add(unit's bytes, its activations), finish(sums of all that was added since)
+  const auto stream = [&](auto add, auto finish) {
+    for (int begin = 0; begin < count; begin += kStage) {
+      const int here = min(kStage, count - begin);
+      const uint32_t stage = shared_address(ring.next(here * F::kUnitBytes));
+#pragma unroll 1  // two units in one piece of code are no faster
+      for (int unit = sums.warp; unit < here; unit += kWarps) {
+        const int pairs = (begin + unit) * tokens;
+        add(stage + unit * F::kUnitBytes, UnitActivations{all.codes + pairs * 512, all.sums + pairs * 32, all.scales + pairs * 4});
+      }
+      ring.release();
+      if ((begin + kStage) % kSlabUnits == 0 || begin + kStage >= count) {
+        float slab[kMma][2];
+        finish(slab);
+        sums.write<kMma>(slab);
+      }
     }
-    ring.release();
-    if ((begin + kStage) % kSlabUnits == 0 || begin + kStage >= count) sums.write<kMma>(acc);
+  };
+  if constexpr (kOne && kParts<F> == 4) {
+    OneToken<F> one(sums.lane);
+    stream([&](uint32_t unit, const UnitActivations& ux) { one.add(unit, ux); }, [&](float (&slab)[kMma][2]) { one.take(slab[0]); });
+  } else {
+    float acc[kMma][2][kParts<F>] = {};
+    stream([&](uint32_t unit, const UnitActivations& ux) { unit_dot<F, kMma, kOne>(unit, ux, tokens, zeros, sums.lane, acc); },
+           [&](float (&slab)[kMma][2]) {
+#pragma unroll
+             for (int j = 0; j < kMma; ++j)
+#pragma unroll
+               for (int r = 0; r < 2; ++r) {
+                 slab[j][r] = sum_of_parts<F>(acc[j][r]);
+#pragma unroll
+                 for (int i = 0; i < kParts<F>; ++i) acc[j][r][i] = 0;
+               }
+           });
   }
 }
 
@@ -351,9 +450,11 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
       reader.wait();
       prefetch_phase(reader.copies[index & 1], lane);
       if (lane == 0) {
-        grid_wait(step.arrivals, index * gridDim.x);
-        if (reader.copies[index & 1].matmul.kind == kStore || reader.copies[index & 1].matmul.kind == kGated)
-          if (reader.copies[index & 1].matmul.source == kPrepared) fence_gpu();  // prepared codes carry no marks
+        const MatmulPhase& next = reader.copies[index & 1].matmul;
+        const bool is_marked = !(is_matmul(next) && next.source == kPrepared);  // codes carry no marks
+        mbarrier_wait(&control.phase_written, (index - 1) & 1);  // the epilogue is never more than a phase behind
+        grid_wait(step.arrivals, index * gridDim.x - (is_marked ? step.stragglers : 0));
+        if (!is_marked) fence_gpu();
       }
       __syncwarp();
     }
@@ -382,7 +483,7 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
         if (phase.source == kPrepared) {
           if (pass == 0 && phase.norm != nullptr) {
             for (int token = warp; token < tokens; token += kWarps) {
-              const float scale = norm_scale<false>(phase, step.prepared_squares, token, tokens, lane);
+              const float scale = norm_scale<false>(phase, prepared_squares(phase, step), token, tokens, lane);
               if (lane == 0) control.norm_scale[token] = scale;
             }
           }
@@ -522,6 +623,7 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
       // Marked values need no fence: who reads them sees whether they have come.
       if (phase.kind == kPrepare) fence_gpu();
       add_relaxed(step.arrivals, 1);
+      mbarrier_arrive(&control.phase_written);
     }
     __syncwarp();
   }
@@ -547,6 +649,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
       mbarrier_init(&control.sums_empty[i], 1);
     }
     mbarrier_init(&control.phase_done, kWarps);
+    mbarrier_init(&control.phase_written, 1);
     mbarrier_init(&control.x_full, 1);
     control.odd_launches = step.arrivals[2];
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -129,7 +129,8 @@ struct GroupParameters {
 // All parameters of a lane's rows in a unit.
 template <class F>
 struct UnitParameters {
-  static constexpr int kWords = F::kSigned ? 1 : F::kNumGroups * (F::kAffine ? 2 : 1);
+  static constexpr int kGroupWords = F::kAffine ? 2 : 1;
+  static constexpr int kWords = F::kSigned ? 1 : F::kNumGroups * kGroupWords;
   uint32_t words[kWords];
 
   __device__ __forceinline__ explicit UnitParameters(uint32_t from) {
@@ -147,15 +148,15 @@ struct UnitParameters {
   }
 };
 
+// From the word of a group, or (affine) the words of both rows.
 template <class F>
-__device__ __forceinline__ GroupParameters group_parameters(const UnitParameters<F>& params, int group) {
+__device__ __forceinline__ GroupParameters group_parameters(uint32_t word, uint32_t next) {
   if constexpr (F::kAffine) {
-    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&params.words[2 * group]));
-    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&params.words[2 * group + 1]));
+    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&next));
     return {{first.x, second.x}, {first.y, second.y}};
   } else {
-    const uint32_t v = params.words[group];
-    return {{byte_to_float(v, 0), byte_to_float(v, 2)}, {-byte_to_float(v, 1), -byte_to_float(v, 3)}};
+    return {{byte_to_float(word, 0), byte_to_float(word, 2)}, {-byte_to_float(word, 1), -byte_to_float(word, 3)}};
   }
 }
 
@@ -182,11 +183,32 @@ __device__ __forceinline__ void close_group(const int (&c)[4], const GroupParame
   }
 }
 
-// acc[j][r] += unit * activations, for row lane / 4 + 8 r and token 4 j + lane % 4. Nothing is said of tokens
-// beyond `num_tokens`. kOne: there is one token. unit, zeros (512 bytes of them): addresses in shared memory.
+// A lane's sum of one row and token, in the parts that the groups of a unit fall into where a unit has four groups or
+// more: with one token the parts lie in the lanes of a quad (OneToken), and both ways give the same bits.
+template <class F>
+constexpr int kParts = !F::kSigned && F::kNumGroups >= 4 ? 4 : 1;
+
+template <class F>
+__device__ __forceinline__ float sum_of_parts(const float (&parts)[kParts<F>]) {
+  if constexpr (kParts<F> == 1) return parts[0];
+  else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// Moves u into a part of the sums.
+template <class F>
+__device__ __forceinline__ void add_scaled(float (&u)[2], float scale, int part, float (&acc)[2][kParts<F>]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    acc[r][part] = fmaf(u[r], scale, acc[r][part]);
+    u[r] = 0;
+  }
+}
+
+// acc[j][r] += unit * activations, for row lane / 4 + 8 r and token 4 j + lane % 4. Nothing is said of tokens beyond
+// `num_tokens`. kOne: there is one token. unit, zeros (512 bytes of them): addresses in shared memory.
 template <class F, int kMma, bool kOne>
 __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x, int num_tokens, uint32_t zeros,
-                                         int lane, float (&acc)[kMma][2]) {
+                                         int lane, float (&acc)[kMma][2][kParts<F>]) {
   constexpr int kGroup = F::kGroup;
   const int row = lane / 4, column = lane % 4;
   if constexpr (kOne) num_tokens = 1;
@@ -201,15 +223,15 @@ __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x
     stride[j] = kOne || is_there ? 128 * num_tokens : 0;
   }
   int c[kMma][4];
-  float u[kMma][2] = {};
-  float sums[kMma][8];
-  if constexpr (!F::kSigned) {
+  float u[kMma][2] = {}, sums[kMma][8], scale[kMma];
 #pragma unroll
-    for (int j = 0; j < kMma; ++j) {
-      const uint32_t from = x.sums + (kOne ? 0 : min(4 * j + column, num_tokens - 1)) * 32;
+  for (int j = 0; j < kMma; ++j) {
+    const int token = kOne ? 0 : min(4 * j + column, num_tokens - 1);
+    scale[j] = shared4(x.scales + token * 4);
+    if constexpr (!F::kSigned) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 v = shared16(from + 16 * i);
+        const uint4 v = shared16(x.sums + token * 32 + 16 * i);
         sums[j][4 * i] = __uint_as_float(v.x), sums[j][4 * i + 1] = __uint_as_float(v.y);
         sums[j][4 * i + 2] = __uint_as_float(v.z), sums[j][4 * i + 3] = __uint_as_float(v.w);
       }
@@ -236,8 +258,10 @@ __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x
           mma_int8<F::kSigned>(c[j], a[2 * half + m], m == 0 ? b[j].x : b[j].z, m == 0 ? b[j].y : b[j].w);
         }
         if (closes) {
+          constexpr int kWords = UnitParameters<F>::kGroupWords;
+          const int group = step / kSteps;
           GroupParameters p{};
-          if constexpr (!F::kSigned) p = group_parameters<F>(params, step / kSteps);
+          if constexpr (!F::kSigned) p = group_parameters<F>(params.words[kWords * group], params.words[kWords * group + kWords - 1]);
 #pragma unroll
           for (int j = 0; j < kMma; ++j) {
             float sum = 0;
@@ -247,18 +271,95 @@ __device__ __forceinline__ void unit_dot(uint32_t unit, const UnitActivations& x
               for (int i = 1; i < kSteps; ++i) sum += sums[j][step - kSteps + 1 + i];
             }
             close_group<F>(c[j], p, sum, u[j]);
+            if constexpr (kParts<F> > 1) add_scaled<F>(u[j], scale[j], group / (F::kNumGroups / kParts<F>), acc[j]);
           }
         }
       }
     }
   }
+  if constexpr (kParts<F> == 1)
 #pragma unroll
-  for (int j = 0; j < kMma; ++j) {
-    const float scale = shared4(x.scales + (kOne ? 0 : min(4 * j + column, num_tokens - 1)) * 4);
-    acc[j][0] = fmaf(u[j][0], scale, acc[j][0]);
-    acc[j][1] = fmaf(u[j][1], scale, acc[j][1]);
-  }
+    for (int j = 0; j < kMma; ++j) add_scaled<F>(u[j], scale[j], 0, acc[j]);
 }
+
+// The same for one token, whose codes take two of operand B's eight columns. Each pair of columns gets the token's codes in
+// the columns of its own quarter of a unit, and zeros elsewhere: so that one accumulator sums the quarters apart, and lane
+// lane % 4 of a quad closes its own, with 40% fewer instructions.
+template <class F>
+struct OneToken {
+  static_assert(kParts<F> == 4);
+  static constexpr int kGroups = F::kNumGroups / 4;  // of a lane
+  uint4 b[4] = {};  // by tile of 64 columns: zero but for the lane's own, and stays so
+  float acc[2] = {};
+  int lane, row, column;
+  uint32_t own;  // place of the lane's codes in a tile's
+  bool is_own[4];
+
+  __device__ __forceinline__ explicit OneToken(int lane)
+      : lane(lane), row(lane / 4), column(lane % 4), own((row % 2) * 64 + column * 16) {
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) is_own[tile] = tile == row / 2;
+  }
+
+  __device__ __forceinline__ void add(uint32_t unit, const UnitActivations& x) {
+    constexpr int kGroupWords = UnitParameters<F>::kGroupWords, kWords = kGroupWords * kGroups;  // of a lane and row pair
+    const uint32_t at = unit + kCodeBytes<F::kBits> + (row * 4 + column) * kWords * 4;
+    uint32_t words[kWords];
+    if constexpr (kWords == 1) {
+      words[0] = __float_as_uint(shared4(at));
+    } else if constexpr (kWords == 2) {
+      const uint2 v = shared8(at);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      const uint4 v = shared16(at);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    }
+    const uint2 both = shared8(x.sums + column * 8);  // of the quarter's two times 32 columns
+    const float sums[2] = {__uint_as_float(both.x), __uint_as_float(both.y)};
+    const float scale = shared4(x.scales);
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile)
+      if (is_own[tile]) b[tile] = shared16(x.codes + tile * 128 + own);
+    int c[4][4];  // even and odd 32 columns, twice: short chains of products
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j][i] = j < kGroups ? kMagicBits : 0;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t a[4][4];
+      load_codes<F::kBits, true>([&](int n) { return shared16(unit + n); }, [&](int n) { return shared8(unit + n); }, pair, lane, a);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4& codes = b[2 * pair + half];
+        mma_int8<false>(c[2 * half], a[2 * half], codes.x, codes.y);
+        mma_int8<false>(c[2 * half + 1], a[2 * half + 1], codes.z, codes.w);
+      }
+    }
+#pragma unroll
+    for (int j = kGroups; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j % kGroups][i] += c[j][i];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const GroupParameters p = group_parameters<F>(words[kGroupWords * g], words[kGroupWords * g + kGroupWords - 1]);
+      float u[2] = {};
+      close_group<F>(c[g], p, kGroups == 1 ? sums[0] + sums[1] : sums[g], u);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) acc[r] = fmaf(u[r], scale, acc[r]);
+    }
+  }
+
+  // The sums of rows lane / 4 and lane / 4 + 8, in the order of sum_of_parts; starts again.
+  __device__ __forceinline__ void take(float (&sums)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums[r] = acc[r] + __shfl_xor_sync(~0u, acc[r], 1);
+      sums[r] += __shfl_xor_sync(~0u, sums[r], 2);
+      acc[r] = 0;
+    }
+  }
+};
 
 // Calls fn with the format of that number; kernels/cuda/packing.py counts the same way.
 #pragma nv_exec_check_disable
