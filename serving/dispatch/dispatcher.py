@@ -4,10 +4,11 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from serving.dispatch.headers import FLIGHT, REFUSE, REPLY_TO, ROUTE, SIZE, describe
+from serving.dispatch.headers import FLIGHT, PREFIXES, REFUSE, REPLY_TO, ROUTE, SIZE, describe, write_prefixes
 from serving.dispatch.messages import Arrived, Ended, FirstToken, Hello, Message, Report
 from serving.dispatch.prompts import routed_request
 from serving.routing import CostEstimator, Overloaded, ReplicaStats, RoutedRequest, Router
+from serving.routing.prefix_index import PrefixIndex
 from serving.tiers import Tier
 
 # The proxy connects within its own timeout of 5 s, retries included a little later: what no replica has seen
@@ -72,6 +73,8 @@ class Dispatcher:
         route = describe(self.router.policy.name, decision)
         size = f"{max(1, request.prompt_tokens - decision.saved_tokens)}/{decision.expected_output_tokens}"
         headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size}
+        if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
+            headers[PREFIXES] = prefixes
         return Answer(decision.replica_id, headers)
 
     def list_replicas(self, replica_ids: Iterable[str]) -> None:
@@ -173,7 +176,9 @@ class Dispatcher:
             return
         flight = self.router.fleet.ledger.find(flight_id)
         known = flight.request if flight else orphan
-        request = known or RoutedRequest(flight_id, arrived.prompt_tokens)
+        request = known or RoutedRequest(
+            flight_id, arrived.prompt_tokens, block_hashes=PrefixIndex.with_entries(arrived.prefixes)
+        )
         self.router.adopt(request, replica_id, arrived.expected_output_tokens)
 
     def _is_on(self, flight_id: str, replica_id: str) -> bool:

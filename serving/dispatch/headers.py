@@ -2,6 +2,8 @@
 alone: a client's own are stripped.
 """
 
+from collections.abc import Sequence
+
 from serving.routing import Decision
 
 FLIGHT = "x-serve-router-flight"
@@ -12,6 +14,8 @@ ROUTE = "x-serve-router-route"
 """The choice explained, as `describe` writes it."""
 SIZE = "x-serve-router-size"
 """prompt tokens/expected output tokens, as the router counts them."""
+PREFIXES = "x-serve-router-prefixes"
+"""The prompt's entries in a `PrefixIndex`, for the routers that did not see it: hexadecimal, dots between."""
 REFUSE = "x-serve-router-refuse"
 """Instead of these: no replica may take the request; seconds after which to try again."""
 PEREGRINE_ROUTE = "x-peregrine-route"
@@ -30,6 +34,21 @@ def describe(policy: str, decision: Decision) -> str:
     if decision.saved_tokens:
         parts.append(f"saved-tokens={decision.saved_tokens}")
     return "; ".join(parts)
+
+
+_MAX_PREFIXES = 64  # 4,096 tokens; a proxy's room for headers is limited
+
+
+def write_prefixes(entries: Sequence[int]) -> str:
+    return ".".join(f"{entry:x}" for entry in entries[:_MAX_PREFIXES])
+
+
+def read_prefixes(value: str) -> list[int]:
+    """Empty for what `write_prefixes` does not write."""
+    try:
+        return [int(entry, 16) for entry in value.split(".")] if value else []
+    except ValueError:
+        return []
 
 
 def predicted_ttft_s(route: str) -> float | None:

@@ -1,7 +1,7 @@
 """What a replica tells a router: one JSON array a line, the type's name first."""
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 from serving.routing import EngineLimits, EngineSample
@@ -32,6 +32,8 @@ class Arrived:
     flight_id: str
     prompt_tokens: int
     expected_output_tokens: int
+    prefixes: list[int] = field(default_factory=list)
+    """The prompt's entries in a `PrefixIndex`."""
 
 
 @dataclass(frozen=True, slots=True)

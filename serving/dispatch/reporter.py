@@ -6,7 +6,16 @@ import logging
 from collections.abc import Callable, Mapping
 
 from monitoring import Recorder
-from serving.dispatch.headers import FLIGHT, REFUSE, REPLY_TO, ROUTE, SIZE, predicted_ttft_s
+from serving.dispatch.headers import (
+    FLIGHT,
+    PREFIXES,
+    REFUSE,
+    REPLY_TO,
+    ROUTE,
+    SIZE,
+    predicted_ttft_s,
+    read_prefixes,
+)
 from serving.dispatch.messages import Arrived, Ended, EndReason, FirstToken, Hello, Message, Report, encode
 
 logger = logging.getLogger(__name__)
@@ -84,7 +93,7 @@ class RouterLinks:
             self._links = {address: link for address, link in self._links.items() if not link.is_closed}
             known = [message for flight in self._open.values() for message in flight.history()]
             self._links[reply_to] = _Link(reply_to, self._hello, self._report, known)
-        arrived = Arrived(flight_id, *_size(headers))
+        arrived = Arrived(flight_id, *_size(headers), read_prefixes(headers.get(PREFIXES, "")))
         flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)
         self._open[flight_id] = flight
         return flight

@@ -59,6 +59,16 @@ class PrefixIndex:
         self._holders: dict[int, int] = {}
         self._held: list[dict[int, None]] = [{} for _ in range(max_replicas)]  # oldest first
 
+    @classmethod
+    def entries(cls, block_hashes: Sequence[int]) -> Sequence[int]:
+        """Those of a prompt's hashes that the index looks at."""
+        return block_hashes[cls.STRIDE_BLOCKS - 1 :: cls.STRIDE_BLOCKS]
+
+    @classmethod
+    def with_entries(cls, entries: Sequence[int]) -> list[int]:
+        """Stands for the block hashes of a prompt of which only the entries are known."""
+        return [entry for entry in entries for _ in range(cls.STRIDE_BLOCKS)]
+
     def __len__(self) -> int:
         """Distinct prefixes known."""
         return len(self._holders)
@@ -73,7 +83,7 @@ class PrefixIndex:
         between: the search halves its ranges, and costs the logarithm of the length for each change.
         """
         tokens = np.zeros(num_slots, np.int64)
-        prefixes = self._prefixes(block_hashes)
+        prefixes = self.entries(block_hashes)
         if prefixes and (holders := self._holders.get(prefixes[0], 0)):
             self._split(prefixes, 0, holders, len(prefixes), 0, tokens)
         return tokens
@@ -81,7 +91,7 @@ class PrefixIndex:
     def add(self, slot: int, block_hashes: Sequence[int]) -> None:
         """The replica computes this prompt now, and its blocks will be found there."""
         held, bit = self._held[slot], 1 << slot
-        for prefix in reversed(self._prefixes(block_hashes)[: self._max_prefixes]):
+        for prefix in reversed(self.entries(block_hashes)[: self._max_prefixes]):
             if prefix in held:
                 del held[prefix]  # to be the newest
             else:
@@ -92,7 +102,7 @@ class PrefixIndex:
 
     def forget(self, slot: int, block_hashes: Sequence[int], kept_tokens: int) -> None:
         """Of this prompt the replica holds only the first `kept_tokens` after all."""
-        for prefix in self._prefixes(block_hashes)[kept_tokens // self.STRIDE_TOKENS :]:
+        for prefix in self.entries(block_hashes)[kept_tokens // self.STRIDE_TOKENS :]:
             if prefix in self._held[slot]:
                 self._drop(slot, prefix)
 
@@ -100,9 +110,6 @@ class PrefixIndex:
         """The replica is gone. What the others hold stays."""
         for prefix in list(self._held[slot]):
             self._drop(slot, prefix)
-
-    def _prefixes(self, block_hashes: Sequence[int]) -> Sequence[int]:
-        return block_hashes[self.STRIDE_BLOCKS - 1 :: self.STRIDE_BLOCKS]
 
     def _drop(self, slot: int, prefix: int) -> None:
         del self._held[slot][prefix]

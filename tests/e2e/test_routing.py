@@ -32,6 +32,8 @@ def test_the_header_explains_the_choice_and_the_metric_counts_it(cluster):
 
 
 def test_a_long_beginning_goes_back_to_where_it_is_cached(cluster):
+    for _ in range(40):  # so that every router has sent to every replica, and hears from it
+        ask(cluster, "Yes.")
     beginning = "A river runs through the old town, past the mill and under the bridge. " * 12
     first = ask(cluster, beginning + "Who lives there?")
     for question in ("How old is the bridge?", "Where is the mill?"):

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.dispatch.dispatcher import ARRIVAL_TIMEOUT_S, STALL_S
-from serving.dispatch.headers import FLIGHT, REFUSE, REPLY_TO, ROUTE, predicted_ttft_s
+from serving.dispatch.headers import (
+    FLIGHT,
+    PREFIXES,
+    REFUSE,
+    REPLY_TO,
+    ROUTE,
+    predicted_ttft_s,
+    read_prefixes,
+)
 from serving.dispatch.messages import Arrived, Ended, FirstToken
 from tests.serving.dispatch.helpers import BODY, hello, is_empty, make_dispatcher, report, send
 
@@ -32,6 +40,19 @@ def test_one_life_of_a_request():
     assert (dispatcher.counters()["pending_prefill"], dispatcher.counters()["active_decodes"]) == (0, 1)
     dispatcher.receive(replica, Ended(flight, "finished", 5))
     assert is_empty(dispatcher)
+
+
+def test_a_router_learns_of_prefixes_that_another_one_sent():
+    first, second = make_dispatcher()[0], make_dispatcher()[0]
+    body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
+    answer = first.route(body, len(body))
+    prefixes = read_prefixes(answer.headers[PREFIXES])
+    second.receive(answer.replica_id, Arrived(answer.headers[FLIGHT], 350, 16, prefixes))
+    second.receive(answer.replica_id, FirstToken(answer.headers[FLIGHT]))
+    second.receive(answer.replica_id, Ended(answer.headers[FLIGHT], "finished", 16))
+    again = second.route(body, len(body))
+    assert again.replica_id == answer.replica_id
+    assert "saved-tokens=320" in again.headers[ROUTE]
 
 
 def test_what_no_replica_saw_is_given_up():

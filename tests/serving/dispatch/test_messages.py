@@ -8,7 +8,14 @@ from tests.serving.dispatch.helpers import hello, report
 
 @pytest.mark.parametrize(
     "message",
-    [hello("SERVE_REPLICA::a#b#c"), Arrived("f", 4, 5), FirstToken("f"), Ended("f", "failed", 3), report(9)],
+    [
+        hello("SERVE_REPLICA::a#b#c"),
+        Arrived("f", 4, 5),
+        Arrived("f", 4, 5, [7, 2**64 - 1]),
+        FirstToken("f"),
+        Ended("f", "failed", 3),
+        report(9),
+    ],
 )
 def test_a_message_is_one_line_and_comes_back(message):
     line = encode(message)
