@@ -289,8 +289,8 @@ def bench_quantization(
     from deploy.models import resolve_model
 
     chosen = methods.split(",") if methods else list(quantization.METHODS)
-    if unknown := [name for name in chosen if name not in quantization.METHODS]:
-        raise fail(f"--methods: unknown {unknown[0]!r} (known: {', '.join(quantization.METHODS)})")
+    if unknown := [name for name in chosen if name not in quantization.ALL_METHODS]:
+        raise fail(f"--methods: unknown {unknown[0]!r} (known: {', '.join(quantization.ALL_METHODS)})")
     sizes = [int(w) for w in widths.split(",")]
     rows = quantization.run(resolve_model(model), work, sizes, chosen, threads, text)
     report.publish(rows, "Quantization", json_path)

@@ -155,8 +155,8 @@ class Bench:
         return self._measured(f"{method}-{name}", nbytes, d)
 
     def llama_cpp(self, kind: str, table: str | None, importance: Any, threads: int) -> dict[str, Any]:
-        name = kind + (f"-table-{table}" if table else "")
-        source, target = self.work / "float32.gguf", self.work / f"{name}.gguf"
+        method = llama_cpp_method(kind, table)
+        source, target = self.work / "float32.gguf", self.work / f"{method}.gguf"
         if not source.exists():
             llama_cpp_quants.export_float(self.path, source)
         llama_cpp_quants.quantize(source, target, kind, table, importance, threads)
@@ -164,7 +164,7 @@ class Bench:
         checkpoint = open_checkpoint(target)
         states = hidden_states(checkpoint, self.held_out)
         d = compare(states, head_table(checkpoint), self.reference, self.table, self.held_out)
-        return self._measured(f"llama.cpp-{name}", nbytes - self.vector_bytes, d)
+        return self._measured(method, nbytes - self.vector_bytes, d)
 
     def _vector_bytes(self) -> int:
         names = [n for i in range(self.layers.config.num_layers) for n in vector_names(self.checkpoint, i)]
@@ -261,6 +261,15 @@ METHODS = (
 )
 
 
+def llama_cpp_method(kind: str, table: str | None) -> str:
+    """The name of a row, which also chooses it alone."""
+    return f"llama.cpp-{kind}" + (f"-table-{table}" if table else "")
+
+
+ALL_METHODS = (*METHODS, *(llama_cpp_method(*t) for t in LLAMA_CPP_TYPES))
+"""That may be asked for; `llama.cpp` stands for all of its types."""
+
+
 def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[str, Any]]:
     layers = bench.layers.config.num_layers
     if "estimates" in methods:
@@ -293,9 +302,10 @@ def _rows(bench: Bench, methods: Sequence[str], threads: int) -> Iterator[dict[s
             yield bench.peregrine(bits)
     if "unrotated" in methods:
         yield bench.peregrine(min(BUDGETS), may_rotate=False)
-    if "llama.cpp" in methods:
+    chosen = [t for t in LLAMA_CPP_TYPES if {"llama.cpp", llama_cpp_method(*t)} & set(methods)]
+    if chosen:
         importance = llama_cpp_quants.importance_matrix(bench.layers, bench.tokens)
-        for kind, table in LLAMA_CPP_TYPES:
+        for kind, table in chosen:
             row = bench.llama_cpp(kind, table, importance, threads)
             yield row
             yield bench.peregrine(row["bits"])
