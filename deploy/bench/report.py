@@ -57,15 +57,26 @@ def publish(rows: Sequence[Row], title: str, path: Path | None) -> None:
     Console().print(table)
     if path is None:
         return
-    result = {
+    result = {**circumstances(), "rows": list(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, versions, date and command of a result."""
+    return {
         "machine": machine(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["peregrine", *sys.argv[1:]]),
-        "rows": list(rows),
+        "command": " ".join([*_program(), *sys.argv[1:]]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _program() -> list[str]:
+    """`peregrine`, or the module that runs by itself."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name if spec else "deploy.cli"
+    return ["peregrine"] if name == "deploy.cli" else ["python", "-m", name]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -9,18 +9,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from deploy.bench import report
 from deploy.cluster import APP_NAME, deploy, started
 from deploy.config import PeregrineConfig, load_config
 from deploy.ray_environment import free_port
@@ -310,15 +308,7 @@ def main() -> None:
     with started(config, factory=start_timed_engine) as url:
         load = OpenLoop(url, MODEL, options.rate, abort_share=0.1)
         result = asyncio.run(run(scenario, config, load, options.times))
-    result = {
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "versions": {"ray": version("ray")},
-        "date": date.today().isoformat(),
-        "command": f"python -m tests.load.faults {options.scenario} --times {options.times}"
-        f" --rate {options.rate:g} --policy {options.policy}",
-        "scenario": options.scenario,
-        **result,
-    }
+    result = {**report.circumstances(), "scenario": options.scenario, **result}
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,21 +7,18 @@ second of 16 streams flat out. `two hops` is what a streaming answer through two
 import argparse
 import asyncio
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from deploy import ray_environment
+from deploy.bench import report
 from deploy.cluster import own_ray, started
 from deploy.config import PeregrineConfig, load_config
 from deploy.ray_environment import free_port
@@ -159,15 +156,7 @@ def main() -> None:
                 raise RuntimeError(f"{way}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
             rows.append({"round": number, "way": way, **json.loads(found[0].removeprefix("result "))})
             print(rows[-1], flush=True)
-    if options.json:
-        result = {
-            "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-            "versions": {"ray": version("ray")},
-            "date": date.today().isoformat(),
-            "command": f"python -m tests.load.overhead --rounds {options.rounds}",
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    report.publish(rows, "Ways to a replica", options.json)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,16 @@ TTFT is that of the short requests alone: what the long ones take to compute is 
 """
 
 import argparse
-import json
-import os
-import platform
 import signal
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # locust patches the standard library for gevent: it comes before whatever opens sockets.
 from tests.load.run import drive
 
-from rich.console import Console  # isort: skip
-from rich.table import Table
+from deploy.bench import report  # isort: skip
 
 from tests.load.scenarios import Arrival, Kind, Scenario, arrivals
 from tests.load.streaming_user import Outcome
@@ -82,21 +76,7 @@ def main() -> None:
         for policy in options.policies.split(","):
             rows.append(measure(policy, trace, todo, options.port))
             print(rows[-1], flush=True)
-    table = Table(title="Routing policies, live")
-    for name in rows[0]:
-        table.add_column(name)
-    for each in rows:
-        table.add_row(*map(str, each.values()))
-    Console(width=140).print(table)
-    if options.json:
-        result = {
-            "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-            "versions": {"ray": version("ray")},
-            "date": date.today().isoformat(),
-            "command": f"python -m tests.load.policies --seconds {options.seconds:g} --rate {options.rate:g}",
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    report.publish(rows, "Routing policies, live", options.json)
 
 
 if __name__ == "__main__":
