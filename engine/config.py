@@ -30,7 +30,9 @@ class EngineConfig:
             how long a prompt holds up the streams beside it. None takes 128 on the CPU (about 0.1 s for a
             135M model on two cores, and larger chunks gain nothing there), 2,048 on a GPU.
         step_target_s: what a step with running streams should take: as many sequences run, and prompt chunks
-            beside them are as large, as this allows by measured durations. None: no such limit.
+            beside them are as large, as this allows by measured durations. Infinite: no such limit. None: no
+            limit on the CPU; on a GPU 9 ms, or two decode steps where these are longer, for chunks alone, and
+            they grow all the same where more than a second's work of prompts waits.
         enable_prefix_caching: reuse blocks of equal prompt prefixes.
         speculative_tokens: most tokens drafted for one request in a step (what followed its last tokens when
             they occurred before) and verified together; outputs are the same with and without. It is a

@@ -12,8 +12,11 @@ from engine.outputs import EngineStats, ModelInfo
 from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
+
+_PROFILE_RUNS = 3  # of a chunk's size; the first one may load kernels
 
 
 class EngineCore:
@@ -37,7 +40,7 @@ class EngineCore:
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
-            pacer=StepPacer(config.step_target_s),
+            pacer=StepPacer.for_device(self.runner.device.type, config.step_target_s),
         )
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
@@ -57,7 +60,10 @@ class EngineCore:
         return self.scheduler.has_work or self._in_flight is not None
 
     def warm_up(self) -> None:
+        """Do all first-call work, and measure what prompt chunks take, where steps are to be sized by it."""
         self.runner.warm_up()
+        if self.scheduler.pacer.target_s is not None:
+            self.scheduler.pacer.profile = {n: self._chunk_s(n) for n in self.runner.chunk_sizes}
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a sequence. Raises ValueError for an id in use or a prompt that does not fit."""
@@ -96,6 +102,21 @@ class EngineCore:
             # With a step in flight, a call takes as long as the step whose results it waits for.
             self.scheduler.observe(self._last_plan, self._last_step_s)
         return StepOutputs(end, tuple(outputs), self.stats())
+
+    def _chunk_s(self, num_tokens: int) -> float:
+        """Seconds of a step of so many tokens of a prompt; writes into the KV cache's first blocks."""
+        request = Request(
+            "warm-up", [0] * (num_tokens + 1), SamplingParams(), max_model_len=self.runner.max_model_len + 1
+        )
+        request.block_ids = list(range(-(-(num_tokens + 1) // self.kv_cache.block_size)))
+        plan = SchedulerOutput((ScheduledRequest(request, 0, num_tokens),))
+        times = []
+        for _ in range(_PROFILE_RUNS):
+            start = time.monotonic()
+            self.runner.execute(plan)
+            times.append(time.monotonic() - start)
+        self.runner.forget(request.request_id)
+        return min(times)
 
     def _step_ahead(self) -> list[TokenOutput]:
         """Launch the next step, take in the one before; the other way round where drafts need its tokens."""

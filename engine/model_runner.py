@@ -59,6 +59,8 @@ class Runner(Protocol):
     num_blocks: int
     max_model_len: int
     token_budget: int
+    chunk_sizes: Sequence[int]
+    """Numbers of prompt tokens that are computed without padding, ascending; empty where all are."""
     runs_ahead: bool
 
     def launch(self, output: SchedulerOutput) -> Any:
@@ -98,6 +100,7 @@ class ModelRunner:
     """Runs steps with torch and the CPU's kernels; owns the device's memory: weights and paged KV cache."""
 
     runs_ahead = False
+    chunk_sizes: Sequence[int] = ()
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
         self.config = config

@@ -117,7 +117,7 @@ class Scheduler:
         self.total_accepted_tokens = 0
         self._in_flight: deque[SchedulerOutput] = deque()
         self._draft_policy = draft_policy if draft_policy and draft_policy.max_tokens > 0 else None
-        self._pacer = pacer or StepPacer(None)
+        self.pacer = pacer or StepPacer(None)
         self._clock = clock
         self._num_arrivals = 0
 
@@ -172,7 +172,7 @@ class Scheduler:
                 scheduled.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
                 budget -= num_tokens
 
-        budget = self._pacer.max_prompt_tokens(len(scheduled), budget)
+        budget = self.pacer.max_prompt_tokens(len(scheduled), budget, self.num_waiting_tokens)
         prefills = sorted((r for r in self.running if not r.is_decoding), key=_turn)
         # Who gave way a moment ago would take the room back.
         may_start = not preempted
@@ -200,12 +200,12 @@ class Scheduler:
 
     def observe(self, output: SchedulerOutput, seconds: float) -> None:
         """A step took so long: the next prompt chunks are sized by it."""
-        self._pacer.observe(output.num_decodes, output.num_prompt_tokens, seconds)
+        self.pacer.observe(output.num_decodes, output.num_prompt_tokens, seconds)
 
     @property
     def prompt_tokens_per_s(self) -> float:
         """At which prompts are computed while they are; 0 while it is unknown."""
-        return self._pacer.prompt_tokens_per_s
+        return self.pacer.prompt_tokens_per_s
 
     def run_ahead(self, output: SchedulerOutput) -> None:
         """The step was launched: go on planning before `update` takes its results in."""
@@ -333,7 +333,7 @@ class Scheduler:
 
     def _try_to_start(self, request: Request, budget: int, preempted: list[str]) -> ScheduledRequest | None:
         """Start a waiting request's first chunk, at the cost of less important ones if need be."""
-        most = self._pacer.max_sequences(self.max_num_seqs)
+        most = self.pacer.max_sequences(self.max_num_seqs)
         while True:
             hit = self.kv_cache.get_computed_blocks(request)
             num_hit_tokens = len(hit) * self.kv_cache.block_size

@@ -122,6 +122,13 @@ def _padded(num_tokens: int) -> int:
     return -(-num_tokens // multiple) * multiple
 
 
+def chunk_sizes(most: int) -> tuple[int, ...]:
+    """Numbers of tokens up to `most` that are computed without padding; beyond the graphs' only a few."""
+    captured = sorted({_padded(n) for n in range(1, _GRAPH_TOKENS + 1)})
+    larger = range(_GRAPH_TOKENS + 512, most + 1, 512)
+    return tuple(n for n in (*captured, *larger) if n <= most)
+
+
 def _lay_out(chunks: Sequence[Chunk], padded: int, num_tiles: int, tile: int) -> np.ndarray:
     """The `ints` of a step: all that the device must know of its chunks."""
     ints = np.zeros(3 * padded + 4 * num_tiles, dtype=np.int32)

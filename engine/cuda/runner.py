@@ -12,7 +12,7 @@ from engine.cuda.batch import BatchProgram
 from engine.cuda.decode import DecodeProgram
 from engine.cuda.layers import Layers, workspace_bytes
 from engine.cuda.layout import MAX_DRAFTS, Layout, lay_out, max_lanes, needs_prompt_logprobs, num_tokens_of
-from engine.cuda.prefill import Chunk, Prefill, padded_tokens
+from engine.cuda.prefill import Chunk, Prefill, chunk_sizes, padded_tokens
 from engine.cuda.results import Ticket, collect, logprobs_of, read_out
 from engine.cuda.rows import StepRows, mode_of
 from engine.cuda.weights import DeviceWeights, UnsupportedError, load_weights
@@ -66,6 +66,7 @@ class CudaModelRunner:
             (self._zeros(*cache_shape), self._zeros(*cache_shape)) for _ in range(shape.num_layers)
         )
         self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self.chunk_sizes: Sequence[int] = chunk_sizes(min(self.token_budget, self.max_model_len - 1))
         self.rows = StepRows(
             max_lanes(config.max_num_seqs, max_drafts),
             config.max_num_seqs,
@@ -130,7 +131,11 @@ class CudaModelRunner:
             for n in range(MAX_TOKENS, 0, -1):
                 for goes_on in (False, False, True):  # the first run of its kind is not captured
                     self.decode.run(0, n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
-            for n in range(-(-self._max_num_seqs // MAX_TOKENS), 0, -1):
+            num_lanes = -(-self._max_num_seqs // MAX_TOKENS)
+            for lane in range(1, num_lanes + 1):  # a prompt's last few tokens, behind that many decodes
+                for n in range(MAX_TOKENS, 0, -1):
+                    self.decode.run(lane, n, Mode.GREEDY, has_logprobs=False, goes_on=False)
+            for n in range(num_lanes, 0, -1):
                 if self.batch.takes_rows(n * MAX_TOKENS):
                     for goes_on in (False, False, True):
                         self.batch.run(n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)

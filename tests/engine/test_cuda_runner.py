@@ -60,6 +60,15 @@ def test_warm_up_leaves_nothing_behind(model_dir, device):
     assert run_all(core, requests(2)) == run_all(core_of(model_dir, device), requests(2))
 
 
+def test_where_steps_have_a_target_chunks_are_profiled(model_dir, device):
+    core = core_of(model_dir, device, step_target_s=0.01)
+    core.warm_up()
+    profile = core.scheduler.pacer.profile
+    assert (list(profile)[:9], max(profile)) == ([32, 64, 96, 128, 160, 192, 224, 256, 320], 512)
+    assert is_idle(core)
+    assert run_all(core, requests(2)) == run_all(core_of(model_dir, device), requests(2))
+
+
 @pytest.fixture(params=[pytest.param("cuda", marks=ON_GPU), "emulated"])
 def device(request, monkeypatch) -> str:
     if request.param == "emulated":

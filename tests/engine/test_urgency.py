@@ -101,7 +101,52 @@ def test_chunks_shrink_to_what_the_running_streams_can_wait_for():
     assert pacer.max_prompt_tokens(0, 2048) == 2048  # nobody waits
     assert pacer.max_prompt_tokens(4, 100) == 100
     pacer.observe(4, 0, 10.0)
+    assert pacer.max_prompt_tokens(4, 2048) == 368  # one stall counts as twice the usual
+    for _ in range(100):
+        pacer.observe(4, 0, 10.0)
     assert pacer.max_prompt_tokens(4, 2048) == 16  # prompts go on
+
+
+PROFILE = {32: 0.003, 64: 0.004, 128: 0.005, 256: 0.009, 1024: 0.019, 2048: 0.034}
+
+
+def test_chunks_are_of_profiled_sizes():
+    pacer = StepPacer(0.010, profile=PROFILE)
+    pacer.observe(16, 0, 0.003)
+    assert pacer.max_prompt_tokens(16, 2032) == 128
+    assert pacer.max_prompt_tokens(16, 200) == 128  # 200 are padded to 256
+    assert pacer.max_prompt_tokens(16, 100) == 100  # what is left of the budget
+    for _ in range(50):  # a long context: twice as long as alone
+        pacer.observe(16, 128, 0.013)
+    assert pacer.max_prompt_tokens(16, 2032) == 32
+    pacer.target_s = 0.020
+    assert pacer.max_prompt_tokens(16, 2032) == 128
+
+
+@pytest.mark.parametrize(
+    ("num_waiting_tokens", "size"), [(2048, 128), (17_000, 256), (30_000, 1024), (60_000, 2032)]
+)
+def test_a_soft_target_gives_way_to_a_long_backlog(num_waiting_tokens, size):
+    strict, soft = StepPacer(0.010, profile=PROFILE), StepPacer(0.010, is_soft=True, profile=PROFILE)
+    for pacer in (strict, soft):
+        pacer.observe(16, 0, 0.003)
+    assert strict.max_prompt_tokens(16, 2032, num_waiting_tokens) == 128
+    assert soft.max_prompt_tokens(16, 2032, num_waiting_tokens) == size
+
+
+def test_a_soft_target_gives_way_to_long_decode_steps_and_bounds_no_batch():
+    pacer = StepPacer(0.010, is_soft=True, profile=PROFILE)
+    pacer.observe(16, 0, 0.012)
+    assert pacer.max_prompt_tokens(16, 2032) == 256  # 24 ms
+    assert pacer.max_sequences(64) == 64
+    assert StepPacer(0.010, profile=PROFILE, _decode_s=0.012, _num_decodes=16).max_sequences(64) == 13
+
+
+def test_targets_by_device():
+    assert StepPacer.for_device("cpu", None).target_s is None
+    assert StepPacer.for_device("cuda", math.inf).target_s is None
+    assert StepPacer.for_device("cuda", None).is_soft
+    assert not StepPacer.for_device("cuda", 0.02).is_soft
 
 
 def test_as_many_sequences_run_as_decode_within_the_target():
@@ -110,7 +155,8 @@ def test_as_many_sequences_run_as_decode_within_the_target():
     pacer.observe(10, 0, 0.02)
     assert pacer.max_sequences(64) == 25
     assert pacer.max_sequences(8) == 8
-    pacer.observe(10, 0, 100.0)
+    for _ in range(100):
+        pacer.observe(10, 0, 100.0)
     assert pacer.max_sequences(64) == 1  # somebody always runs
 
 
