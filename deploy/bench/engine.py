@@ -4,6 +4,7 @@ Every figure stands beside the floor: the bytes that a step must read (the layer
 the read-only rate measured in the same run.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -15,12 +16,12 @@ from rich.console import Console
 from engine import EngineConfig, SamplingParams
 from engine.core import EngineCore
 from engine.cuda.random_model import RandomModel
-from engine.messages import AddRequest
+from engine.messages import AbortRequests, AddRequest, TokenOutput
 from engine.models.shapes import SHAPES
 from kernels.cuda.bandwidth import read_rate_gb_s
 
 _MAX_MODEL_LEN = 4096
-_SHORT, _LONG = 8, 136  # output tokens; their difference leaves prefill and scheduling of the prompt out
+_PROMPT, _STEPS = 128, 128  # tokens of a prompt, and steps timed, of a batch
 _OPS_PER_LAYER = 11  # one kernel an op: 2 norms, 2 qkv/rope, append, attention, o, gate/up, act, down, add
 
 
@@ -39,6 +40,7 @@ def run(
             max_model_len=_MAX_MODEL_LEN,
             max_num_seqs=max(16, *batches),
             kv_cache_bytes=config.num_kv_bytes_per_token(2) * max(_MAX_MODEL_LEN, 512 * max(batches)),
+            step_target_s=math.inf,  # streams wait for their batch to be complete: as briefly as can be
             enable_prefix_caching=False,
             speculative_tokens=0,
         ),
@@ -61,7 +63,7 @@ def run(
         row = {
             **base,
             "batch": batch,
-            "prompt_tokens": 128,
+            "prompt_tokens": _PROMPT,
             "itl_ms": round(itl, 3),
             "tok_s": round(batch / itl * 1e3, 1),
             "floor_ms": round(floor_ms, 3),
@@ -70,7 +72,7 @@ def run(
             "launches_one_per_op": _OPS_PER_LAYER * config.num_layers + 4,
         }
         if batch == 1 and long_tokens:
-            row[f"e2e_{long_tokens}_s"] = round(timer.seconds(1, 128, long_tokens), 3)
+            row[f"e2e_{long_tokens}_s"] = round(timer.seconds(1, _PROMPT, long_tokens), 3)
         row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
         rows.append(row)
         console.print(row)
@@ -86,31 +88,60 @@ class Timer:
 
     def seconds(self, batch: int, num_prompt: int, num_output: int) -> float:
         """From handing in `batch` requests to their last token."""
-        generator = torch.Generator().manual_seed(self._count)
-        prompts = torch.randint(1, self.vocab_size, (batch, num_prompt), generator=generator).tolist()
-        params = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+        prompts = self._prompts(batch, num_prompt)
         start = time.perf_counter()
-        for prompt in prompts:
-            self._count += 1
-            self.core.add_request(AddRequest(f"r{self._count}", tuple(prompt), params, start))
+        self._add(prompts, num_output)
         while self.core.has_work:
             self.core.step()
         return time.perf_counter() - start
 
-    def itl_s(self, batch: int) -> float:
-        """Seconds between a stream's tokens."""
-        return (self.seconds(batch, 128, _LONG) - self.seconds(batch, 128, _SHORT)) / (_LONG - _SHORT)
+    def _prompts(self, batch: int, num_prompt: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._count)
+        tokens = torch.randint(1, self.vocab_size, (batch, num_prompt), generator=generator)
+        return tokens.tolist()
+
+    def _add(self, prompts: list[list[int]], num_output: int) -> list[str]:
+        """Hand in requests; their ids."""
+        params = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+        ids = []
+        for prompt in prompts:
+            self._count += 1
+            ids.append(f"r{self._count}")
+            self.core.add_request(AddRequest(ids[-1], tuple(prompt), params, time.monotonic()))
+        return ids
+
+    def itl_s(self, batch: int, num_steps: int = _STEPS) -> float:
+        """Seconds between a stream's tokens, over steps in which every stream decodes and nothing else runs.
+
+        How long the batch takes to fill up, and how it ends, does not count.
+        """
+        ids = self._add(self._prompts(batch, _PROMPT), self.core.model.max_model_len - _PROMPT)
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {o.request_id for o in self._step()}
+        begin = time.perf_counter()
+        for _ in range(num_steps):
+            if len(self._step()) != batch:
+                raise RuntimeError(f"{batch} streams do not fit into the KV cache")
+        seconds = time.perf_counter() - begin
+        self.core.abort(AbortRequests(tuple(ids)))
+        while self.core.has_work:
+            self.core.step()
+        return seconds / num_steps
+
+    def _step(self) -> Sequence[TokenOutput]:
+        return self.core.step().outputs
 
     def launches_per_token(self) -> float:
         """Kernels on the device for each decoded token of one stream, by the profiler."""
 
         def kernels_of(num_output: int) -> int:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                self.seconds(1, 128, num_output)
+                self.seconds(1, _PROMPT, num_output)
                 torch.cuda.synchronize()
             return sum(
                 e.count for e in profile.key_averages() if e.self_device_time_total > 0 and "Mem" not in e.key
             )
 
-        self.seconds(1, 128, 40)
+        self.seconds(1, _PROMPT, 40)
         return round((kernels_of(40) - kernels_of(8)) / 32, 2)
