@@ -22,7 +22,7 @@ from kernels.cuda.bandwidth import read_rate_gb_s
 
 _MAX_MODEL_LEN = 4096
 _PROMPT, _STEPS = 128, 128  # tokens of a prompt, and steps timed, of a batch
-# Tokens that a stream may come to: the first ones decode while the others' prompts are computed. With so many,
+# Tokens that a stream may come to: the first ones decode while prompts of others are computed. With so many,
 # weights, cache and workspace of 128 streams take 74 GB at 123B and 3.5 bits, 70 GB at 180B and 2.1 bits.
 _STREAM = _PROMPT + _STEPS + 128
 _OPS_PER_LAYER = 11  # one kernel an op: 2 norms, 2 qkv/rope, append, attention, o, gate/up, act, down, add
