@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels import kv_cache
 from kernels.cuda.packing import UNIT_COLUMNS
 from kernels.cuda.program import BLOCK_TOKENS
 from kernels.reference import activate, add_projection, apply_rope, rms_norm
@@ -139,7 +140,7 @@ def rope_and_append(
 ) -> Tensor:
     """The rotated queries, bfloat16 [T, heads, head_dim]; keys and values go into the cache.
 
-    caches: bfloat16 [blocks, kv_heads, 16, head_dim] each.
+    caches: keys and values in a form of `kernels.kv_cache`. A token of a negative row or position is padding.
     """
     both = qkv.float() if w.qkv_bias is None else qkv.float() + w.qkv_bias
     heads = both.view(len(both), -1, w.head_dim)
@@ -149,12 +150,12 @@ def rope_and_append(
     if w.k_norm is not None:
         keys = rms_norm(keys, w.k_norm, w.eps)
     position = tokens.positions.long()
-    cos, sin = w.cos[position], w.sin[position]
-    is_there = tokens.rows >= 0
+    cos, sin = (t[position.clamp(min=0)] for t in (w.cos, w.sin))
+    is_there = (tokens.rows >= 0) & (position >= 0)
     position = position[is_there]
     block = tokens.block_table[tokens.rows[is_there].long(), position // BLOCK_TOKENS].long()
     for cache, new in zip(caches, (apply_rope(keys, cos, sin), values), strict=True):
-        cache[block, :, position % BLOCK_TOKENS] = new[is_there].to(cache.dtype)
+        kv_cache.write(cache, block, position % BLOCK_TOKENS, new[is_there])
     return apply_rope(query, cos, sin).bfloat16()
 
 
@@ -167,7 +168,7 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
             continue
         end = start + count
         blocks = tokens.block_table[row, : -(-end // BLOCK_TOKENS)].long()
-        keys, values = (c[blocks].transpose(0, 1).flatten(1, 2)[:, :end].float() for c in caches)
+        keys, values = (kv_cache.read(c, blocks).transpose(0, 1).flatten(1, 2)[:, :end] for c in caches)
         keys, values = (t.repeat_interleave(group, dim=0) for t in (keys, values))
         queries = query[first : first + count].transpose(0, 1).float()
         distance = torch.arange(start, end, device=query.device).unsqueeze(1) - torch.arange(
@@ -180,11 +181,18 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
 
 
 def attend_next(
-    qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens, form: Form
+    qkv: Product,
+    w: AttentionWeights,
+    caches: tuple[Tensor, Tensor],
+    tokens: Tokens,
+    form: Form,
+    *,
+    is_shared: bool = False,
 ) -> Activations:
     """Attention of one new token for each sequence, its key and value appended: the next matrix's input.
 
-    A token of a negative position is padding, and becomes zeros. `tokens.tiles` are not read.
+    A token of a negative position is padding, and becomes zeros. `tokens.tiles` are not read. is_shared:
+    several tokens may be of one sequence, each seeing those before it (drafts), at the cost of a launch.
     """
     is_there = tokens.positions >= 0
     numbers = torch.arange(len(is_there), device=is_there.device)[is_there]

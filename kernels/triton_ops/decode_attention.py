@@ -11,11 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_cache import is_fp8
 from kernels.prefill import BLOCK_TOKENS, Activations, Form, Product, Tokens
+from kernels.triton_ops import kv_cache
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
+from kernels.triton_ops.kv_cache import exponent_of, power, scale_to_codes
+from kernels.triton_ops.prefill_append import rope_and_append
 from kernels.triton_ops.rows import FORMS, load_product, outputs, row_shape, store_activations
 from kernels.types import AttentionWeights
 
+_FP8_OPERANDS = tl.bfloat16
 _LOG2_E = 1.4426950408889634
 _KEYS = {64: 64, 128: 64, 256: 32}  # of a step, by head_dim
 _PROGRAMS = 1024  # as many run at once on an H100
@@ -26,6 +31,7 @@ _LONG, _SHORT = 256, 64  # keys of a part at least, with and without enough prog
 @triton.jit
 def parts_of(
     position,
+    end,  # cached keys: those before the position, or with its own
     window,
     MIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -36,9 +42,9 @@ def parts_of(
     begin = position * 0
     if HAS_WINDOW:
         begin = tl.maximum(position - window + 1, 0) // KEYS * KEYS
-    size = ((position - begin + SPLITS - 1) // SPLITS + KEYS - 1) // KEYS * KEYS
+    size = ((end - begin + SPLITS - 1) // SPLITS + KEYS - 1) // KEYS * KEYS
     size = tl.maximum(size, MIN_KEYS)
-    return begin, size, tl.maximum((position - begin + size - 1) // size, 1)
+    return begin, size, tl.maximum((end - begin + size - 1) // size, 1)
 
 
 @triton.jit
@@ -95,8 +101,10 @@ def attend_part(
     positions_ptr,
     rows_ptr,
     table_ptr,
-    k_cache_ptr,  # bfloat16 [blocks, kv_heads, 16, dim], the new key written
+    k_cache_ptr,  # of kernels.kv_cache, the new key written; exponents where it is e4m3
+    k_exponent_ptr,
     v_cache_ptr,
+    v_exponent_ptr,
     parts_ptr,  # float32 [parts, T, heads, dim], written: a part's weighted mean of the values
     lse_ptr,  # float32 [parts, T, heads], written: base-2 logarithm of its sum
     eps,
@@ -104,6 +112,7 @@ def attend_part(
     window,
     table_stride,
     num_kv_heads,
+    HEAD_STRIDE: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a KV head
     ROWS: tl.constexpr,  # at least GROUP, and 16 for the tensor cores
     DIM: tl.constexpr,
@@ -117,17 +126,23 @@ def attend_part(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    FP8_OPERANDS: tl.constexpr,  # what codes are multiplied as
+    APPENDS: tl.constexpr,  # else a kernel before has appended the new keys
     IS_EARLY: tl.constexpr,
 ):
     wait_for_kernel_before(IS_EARLY)
     HALF: tl.constexpr = DIM // 2
+    DTYPE: tl.constexpr = FP8_OPERANDS if IS_FP8 else k_cache_ptr.dtype.element_ty
     token, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions_ptr + token)
-    begin, size, count = parts_of(tl.maximum(position, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW)
+    end = position if APPENDS else position + 1
+    begin, size, count = parts_of(
+        tl.maximum(position, 0), tl.maximum(end, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW
+    )
     if (position >= 0) & (part < count):
         num_heads = num_kv_heads * GROUP
         width = (num_heads + 2 * num_kv_heads) * DIM
-        dtype = k_cache_ptr.dtype.element_ty
         at_row, half, at_dim = (
             tl.arange(0, ROWS)[:, None],
             tl.arange(0, HALF)[None, :],
@@ -138,47 +153,70 @@ def attend_part(
         first, second = rotated(
             qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, q_norm_ptr, token,
             (kv_head * GROUP + at_row) * DIM + half, (at_row < GROUP) & (half < HALF), width, half, cos, sin,
-            eps, dtype, SPLITS, HALF, HAS_SCALES, HAS_BIAS, HAS_Q_NORM,
+            eps, DTYPE, SPLITS, HALF, HAS_SCALES, HAS_BIAS, HAS_Q_NORM,
         )  # fmt: skip
         blocks_ptr = table_ptr + tl.load(rows_ptr + token).to(tl.int64) * table_stride
-        kv_at = kv_head * BLOCK_TOKENS * DIM
-        block_stride = num_kv_heads * BLOCK_TOKENS * DIM
+        kv_at = kv_head * HEAD_STRIDE
+        block_stride = num_kv_heads * HEAD_STRIDE
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DIM), tl.float32)
-        if part == 0:
+        if APPENDS and part == 0:
+            new_dtype: tl.constexpr = tl.float32 if IS_FP8 else DTYPE
             key_at = (num_heads + kv_head) * DIM
             new_first, new_second = rotated(
                 qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, k_norm_ptr, token, key_at + half,
-                half < HALF, width, half, cos, sin, eps, dtype, SPLITS, HALF, HAS_SCALES, HAS_BIAS,
+                half < HALF, width, half, cos, sin, eps, new_dtype, SPLITS, HALF, HAS_SCALES, HAS_BIAS,
                 HAS_K_NORM,
             )  # fmt: skip
             value = load_product(
                 qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, token,
                 key_at + num_kv_heads * DIM + at_dim, at_dim < DIM, width, SPLITS, HAS_SCALES, HAS_BIAS,
-            ).to(dtype)  # fmt: skip
+            ).to(new_dtype)  # fmt: skip
             block = tl.load(blocks_ptr + position // BLOCK_TOKENS).to(tl.int64)
-            to = block * block_stride + kv_at + position % BLOCK_TOKENS * DIM
+            to_head = block * block_stride + kv_at
+            to = to_head + position % BLOCK_TOKENS * DIM
+            key_scale, value_scale = 1.0, 1.0
+            if IS_FP8:
+                largest_key = tl.maximum(
+                    tl.max(tl.abs(new_first), axis=1), tl.max(tl.abs(new_second), axis=1)
+                )
+                key_exponent = exponent_of(largest_key)[:, None]
+                value_exponent = exponent_of(tl.max(tl.abs(value), axis=1))[:, None]
+                key_scale, value_scale = power(key_exponent), power(value_exponent)
+                code: tl.constexpr = k_cache_ptr.dtype.element_ty
+                new_first = (new_first * scale_to_codes(key_exponent)).to(code)
+                new_second = (new_second * scale_to_codes(key_exponent)).to(code)
+                value = (value * scale_to_codes(value_exponent)).to(code)
+                at_exponent = to_head + position % BLOCK_TOKENS + tl.zeros_like(key_exponent)
+                byte: tl.constexpr = k_exponent_ptr.dtype.element_ty
+                tl.store(k_exponent_ptr + at_exponent, key_exponent.to(byte))
+                tl.store(v_exponent_ptr + at_exponent, value_exponent.to(byte))
             tl.store(k_cache_ptr + to + half, new_first)
             tl.store(k_cache_ptr + to + HALF + half, new_second)
             tl.store(v_cache_ptr + to + at_dim, value)
-            products = first.to(tl.float32) * new_first.to(tl.float32)
-            products += second.to(tl.float32) * new_second.to(tl.float32)
+            # What the cache says from now on.
+            products = first.to(tl.float32) * (new_first.to(tl.float32) * key_scale)
+            products += second.to(tl.float32) * (new_second.to(tl.float32) * key_scale)
             largest = tl.sum(products, axis=1) * scale
             total += 1.0
-            acc += value.to(tl.float32)
+            acc += value.to(tl.float32) * value_scale
         low = begin + part * size
-        for i in range(low, tl.minimum(low + size, position), KEYS):
+        for i in range(low, tl.minimum(low + size, end), KEYS):
             key = i + tl.arange(0, KEYS)
-            is_key = key < position
+            is_key = key < end
             block = tl.load(blocks_ptr + key // BLOCK_TOKENS, is_key, other=0).to(tl.int64)
-            offset = (block * block_stride + kv_at + (key % BLOCK_TOKENS) * DIM)[:, None]
+            block_at = block * block_stride + kv_at
+            offset = (block_at + (key % BLOCK_TOKENS) * DIM)[:, None]
             # Beyond the end the cache holds anything, also NaN, which no probability of zero takes away.
             mask = is_key[:, None]
             keys = tl.load(k_cache_ptr + offset + half, mask, other=0.0)
-            scores = tl.dot(first, tl.trans(keys))
+            scores = tl.dot(first, tl.trans(keys.to(DTYPE)))
             keys = tl.load(k_cache_ptr + offset + HALF + half, mask, other=0.0)
-            scores = tl.dot(second, tl.trans(keys), scores) * scale
+            scores = tl.dot(second, tl.trans(keys.to(DTYPE)), scores) * scale
+            if IS_FP8:
+                at_exponent = block_at + key % BLOCK_TOKENS
+                scores *= power(tl.load(k_exponent_ptr + at_exponent, is_key, other=0))[None, :]
             is_visible = is_key[None, :]
             if HAS_WINDOW:
                 is_visible = is_visible & (position - key < window)[None, :]
@@ -188,7 +226,9 @@ def attend_part(
             shrink = tl.exp2(largest - new_largest)
             total = total * shrink + tl.sum(probs, axis=1)
             values = tl.load(v_cache_ptr + offset + at_dim, mask, other=0.0)
-            acc = tl.dot(probs.to(dtype), values, acc * shrink[:, None])
+            if IS_FP8:
+                probs *= power(tl.load(v_exponent_ptr + at_exponent, is_key, other=0))[None, :]
+            acc = tl.dot(probs.to(DTYPE), values.to(DTYPE), acc * shrink[:, None])
             largest = new_largest
         head_at = (part * tl.num_programs(0) + token) * num_heads + kv_head * GROUP + at_row
         is_row = at_row < GROUP
@@ -211,6 +251,7 @@ def merge_parts(
     MIN_KEYS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    APPENDS: tl.constexpr,
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -220,7 +261,10 @@ def merge_parts(
     at = tl.arange(0, BLOCK)
     mask = at < width
     position = tl.load(positions_ptr + token)
-    _, _, count = parts_of(tl.maximum(position, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW)
+    end = position if APPENDS else position + 1
+    _, _, count = parts_of(
+        tl.maximum(position, 0), tl.maximum(end, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW
+    )
     count = tl.where(position >= 0, count, 0)  # padding becomes zeros
     heads = width // DIM
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -239,9 +283,17 @@ def merge_parts(
 
 
 def attend_next(
-    qkv: Product, w: AttentionWeights, caches: tuple[Tensor, Tensor], tokens: Tokens, form: Form
+    qkv: Product,
+    w: AttentionWeights,
+    caches: tuple[Tensor, Tensor],
+    tokens: Tokens,
+    form: Form,
+    *,
+    is_shared: bool = False,
 ) -> Activations:
     """See `kernels.prefill.attend_next`."""
+    if is_shared:
+        rope_and_append(qkv, w, caches, tokens)
     num_tokens, device, width = qkv.values.shape[-2], qkv.values.device, w.num_heads * w.head_dim
     group = w.num_heads // w.num_kv_heads
     programs = num_tokens * w.num_kv_heads
@@ -252,6 +304,7 @@ def attend_next(
         "MIN_KEYS": _SHORT if 4 * programs <= _PROGRAMS else _LONG,
         "MAX_PARTS": parts,
         "HAS_WINDOW": w.window is not None,
+        "APPENDS": not is_shared,
     }
     means = torch.empty(parts, num_tokens, w.num_heads, w.head_dim, device=device)
     lse = torch.empty(parts, num_tokens, w.num_heads, device=device)
@@ -267,7 +320,7 @@ def attend_next(
         tokens.positions,
         tokens.rows,
         tokens.block_table,
-        *caches,
+        *kv_cache.operands(caches),
         means,
         lse,
         w.eps,
@@ -275,6 +328,7 @@ def attend_next(
         w.window or 0,
         tokens.block_table.stride(0),
         w.num_kv_heads,
+        HEAD_STRIDE=kv_cache.head_stride(caches),
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK_TOKENS=BLOCK_TOKENS,
@@ -283,6 +337,8 @@ def attend_next(
         HAS_BIAS=w.qkv_bias is not None,
         HAS_Q_NORM=w.q_norm is not None,
         HAS_K_NORM=w.k_norm is not None,
+        IS_FP8=is_fp8(caches[0]),
+        FP8_OPERANDS=_FP8_OPERANDS,
         num_warps=4,
         num_stages=2,
         **sizes,

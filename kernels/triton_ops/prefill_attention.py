@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_cache import is_fp8
 from kernels.prefill import BLOCK_TOKENS, Tokens
+from kernels.triton_ops import kv_cache
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
+from kernels.triton_ops.kv_cache import power
 from kernels.types import AttentionWeights
 
 _LOG2_E = 1.4426950408889634
@@ -30,7 +33,9 @@ def attend_keys(
     position,
     blocks_ptr,  # the sequence's row of the block table
     k_ptr,  # the head's part of block 0
+    k_exponent_ptr,
     v_ptr,
+    v_exponent_ptr,
     block_stride,
     scale,
     window,
@@ -39,6 +44,7 @@ def attend_keys(
     BLOCK_TOKENS: tl.constexpr,
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     """One pass over the keys from `low` (a multiple of KEYS) to `high`, base-2 logarithms."""
     at_key, at_dim = tl.arange(0, KEYS), tl.arange(0, DIM)
@@ -49,7 +55,8 @@ def attend_keys(
             block = tl.load(blocks_ptr + key // BLOCK_TOKENS, is_key, other=0)
         else:
             block = tl.load(blocks_ptr + key // BLOCK_TOKENS)
-        offset = (block.to(tl.int64) * block_stride + (key % BLOCK_TOKENS) * DIM)[:, None] + at_dim[None, :]
+        block_at = block.to(tl.int64) * block_stride
+        offset = (block_at + (key % BLOCK_TOKENS) * DIM)[:, None] + at_dim[None, :]
         if IS_MASKED:
             # Beyond the end the cache holds anything, also NaN, which no probability of zero takes away.
             keys = tl.load(k_ptr + offset, is_key[:, None], other=0.0)
@@ -57,7 +64,10 @@ def attend_keys(
         else:
             keys = tl.load(k_ptr + offset)
             values = tl.load(v_ptr + offset)
-        scores = tl.dot(query, tl.trans(keys)) * scale
+        scores = tl.dot(query, tl.trans(keys.to(query.dtype))) * scale
+        if IS_FP8:
+            at_exponent = block_at + key % BLOCK_TOKENS
+            scores *= power(tl.load(k_exponent_ptr + at_exponent, is_key, other=0))[None, :]
         if IS_MASKED:
             distance = position[:, None] - key[None, :]
             is_visible = distance >= 0
@@ -71,7 +81,9 @@ def attend_keys(
         probs = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(probs, axis=1)
-        acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
+        if IS_FP8:
+            probs *= power(tl.load(v_exponent_ptr + at_exponent, is_key, other=0))[None, :]
+        acc = tl.dot(probs.to(query.dtype), values.to(query.dtype), acc * shrink[:, None])
         largest = new_largest
     return acc, largest, total
 
@@ -79,8 +91,10 @@ def attend_keys(
 @triton.jit
 def attend_tiles(
     query_ptr,  # bfloat16 [T, heads, dim]
-    k_cache_ptr,  # bfloat16 [blocks, kv_heads, 16, dim]
+    k_cache_ptr,  # of kernels.kv_cache; exponents where it is e4m3
+    k_exponent_ptr,
     v_cache_ptr,
+    v_exponent_ptr,
     tiles_ptr,  # int32 [N, 4]
     table_ptr,
     out_ptr,  # bfloat16 [T, heads, dim], written
@@ -89,11 +103,13 @@ def attend_tiles(
     table_stride,
     num_heads,
     num_kv_heads,
+    HEAD_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_FP8: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     wait_for_kernel_before(IS_EARLY)
@@ -108,9 +124,13 @@ def attend_tiles(
         at = ((first + at_row) * num_heads + head)[:, None] * DIM + at_dim[None, :]
         query = tl.load(query_ptr + at, mask, other=0.0)
         position, end = start + at_row, start + count
-        kv_at = head // (num_heads // num_kv_heads) * BLOCK_TOKENS * DIM
-        block_stride = num_kv_heads * BLOCK_TOKENS * DIM
+        kv_at = head // (num_heads // num_kv_heads) * HEAD_STRIDE
+        block_stride = num_kv_heads * HEAD_STRIDE
         k_ptr, v_ptr, blocks_ptr = k_cache_ptr + kv_at, v_cache_ptr + kv_at, table_ptr + row * table_stride
+        k_exponents, v_exponents = k_exponent_ptr, v_exponent_ptr
+        if IS_FP8:
+            k_exponents += kv_at
+            v_exponents += kv_at
         acc = tl.zeros((ROWS, DIM), tl.float32)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
@@ -119,12 +139,12 @@ def attend_tiles(
         else:
             middle = start // KEYS * KEYS
             acc, largest, total = attend_keys(
-                query, acc, largest, total, 0, middle, end, position, blocks_ptr, k_ptr, v_ptr, block_stride,
-                scale, window, KEYS, DIM, BLOCK_TOKENS, False, False,
+                query, acc, largest, total, 0, middle, end, position, blocks_ptr, k_ptr, k_exponents, v_ptr,
+                v_exponents, block_stride, scale, window, KEYS, DIM, BLOCK_TOKENS, False, False, IS_FP8,
             )  # fmt: skip
         acc, largest, total = attend_keys(
-            query, acc, largest, total, middle, end, end, position, blocks_ptr, k_ptr, v_ptr, block_stride,
-            scale, window, KEYS, DIM, BLOCK_TOKENS, True, HAS_WINDOW,
+            query, acc, largest, total, middle, end, end, position, blocks_ptr, k_ptr, k_exponents, v_ptr,
+            v_exponents, block_stride, scale, window, KEYS, DIM, BLOCK_TOKENS, True, HAS_WINDOW, IS_FP8,
         )  # fmt: skip
         # Rows beyond the tile's tokens may have seen nothing.
         out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -136,7 +156,7 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
     out = torch.empty_like(query)
     attend_tiles[(w.num_heads, len(tokens.tiles))](
         query,
-        *caches,
+        *kv_cache.operands(caches),
         tokens.tiles,
         tokens.block_table,
         out,
@@ -145,11 +165,13 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
         tokens.block_table.stride(0),
         w.num_heads,
         w.num_kv_heads,
+        HEAD_STRIDE=kv_cache.head_stride(caches),
         DIM=w.head_dim,
         ROWS=tokens.tile,
         KEYS=_KEYS[w.head_dim],
         BLOCK_TOKENS=BLOCK_TOKENS,
         HAS_WINDOW=w.window is not None,
+        IS_FP8=is_fp8(caches[0]),
         num_warps=8 if tokens.tile * w.head_dim > 8192 else 4,
         num_stages=2 if w.head_dim == 256 else 3,
         **early(query.device),
