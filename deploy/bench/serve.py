@@ -6,7 +6,6 @@ a request was due. Both paths get the same arrival times and prompts.
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from deploy.bench.client import Timeline, complete
 from deploy.bench.report import percentile
 from deploy.cluster import running_cluster
 from deploy.config import PeregrineConfig
@@ -24,27 +24,6 @@ from engine.async_engine import AsyncEngine
 OUTPUT_TOKENS = 64
 _REQUEST_TIMEOUT_S = 300
 _WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
-
-
-@dataclasses.dataclass(slots=True)
-class Timeline:
-    """One request: when it was due, and when its tokens came (seconds)."""
-
-    due: float
-    arrivals: list[float] = dataclasses.field(default_factory=list)
-    num_tokens: int = 0
-
-    @property
-    def ttft(self) -> float:
-        return self.arrivals[0] - self.due
-
-    @property
-    def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
-
-    @property
-    def tpot(self) -> float:
-        return (self.arrivals[-1] - self.arrivals[0]) / (self.num_tokens - 1)
 
 
 Send = Callable[[str, Timeline], Awaitable[None]]
@@ -71,7 +50,9 @@ async def _run(
         async with aiohttp.ClientSession(timeout=timeout) as session:
             paths: dict[str, Send] = {
                 "engine": lambda prompt, timeline: _send_to_engine(engine, prompt, timeline),
-                "serve": lambda prompt, timeline: _send_over_http(session, url, name, prompt, timeline),
+                "serve": lambda prompt, timeline: complete(
+                    session, url, name, prompt, OUTPUT_TOKENS, timeline
+                ),
             }
             for send in paths.values():
                 await _drive(send, [_prompt(-1)], 0.0)
@@ -143,31 +124,6 @@ async def _send_to_engine(engine: AsyncEngine, prompt: str, timeline: Timeline) 
         if output.text or output.finish_reason:
             timeline.arrivals.append(time.perf_counter())
             timeline.num_tokens = output.num_output_tokens
-
-
-async def _send_over_http(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: str, timeline: Timeline
-) -> None:
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "temperature": 0,
-        "max_tokens": OUTPUT_TOKENS,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"{response.status}: {await response.text()}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if chunk["choices"]:
-                timeline.arrivals.append(time.perf_counter())
-            else:
-                timeline.num_tokens = chunk["usage"]["completion_tokens"]
 
 
 def _prompt(seed: int) -> str:

@@ -23,7 +23,7 @@ class HfCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        raw = _read_json(directory / "config.json")
+        raw = read_json(directory / "config.json")
         self.config: ModelConfig = from_hf_config(raw)
         self._packed = PackedTensors.from_config(raw)
         self._open: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class HfCheckpoint:
     def eos_token_ids(self) -> frozenset[int]:
         for name in ("generation_config.json", "config.json"):
             path = self.directory / name
-            eos = _read_json(path).get("eos_token_id") if path.exists() else None
+            eos = read_json(path).get("eos_token_id") if path.exists() else None
             if eos is not None:
                 return frozenset(eos if isinstance(eos, list) else [eos])
         return frozenset()
@@ -72,18 +72,11 @@ class HfCheckpoint:
         return data
 
     def load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                str(self.directory), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # the library raises many kinds
-            raise ModelLoadError(f"{self.directory}: the tokenizer cannot be loaded: {error}") from None
+        return load_tokenizer(self.directory)
 
     def _locate_tensors(self) -> dict[str, str]:
         if (index := self.directory / _INDEX).exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ModelLoadError(f"{index}: weight_map is missing")
             for shard in set(weight_map.values()):
@@ -121,7 +114,17 @@ class HfCheckpoint:
         return self._open[shard]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's transformers tokenizer. Raises ModelLoadError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        raise ModelLoadError(f"{directory}: the tokenizer cannot be loaded: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

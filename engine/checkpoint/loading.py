@@ -7,7 +7,10 @@ from torch import Tensor
 
 import kernels
 from engine.errors import ModelLoadError
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, from_hf_config
+
+RANDOM_BITS_KEY = "peregrine_random_bits"
+"""In a config.json: the weights are not there, random ones of so many bits are made up (benchmarks)."""
 
 
 class Checkpoint(Protocol):
@@ -37,7 +40,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a GGUF file, or a directory with config.json and safetensors.
+    """Open a GGUF file, or a directory with config.json and safetensors (or, for benchmarks, without them).
 
     Raises ModelLoadError when there is nothing that can be loaded.
     """
@@ -49,7 +52,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         return GgufCheckpoint(path)
     if path.is_dir():
-        from engine.checkpoint.hf_directory import HfCheckpoint
+        from engine.checkpoint.hf_directory import HfCheckpoint, read_json
 
+        if RANDOM_BITS_KEY in (raw := read_json(path / "config.json")):
+            from engine.cuda.random_model import RandomModel
+
+            return RandomModel(from_hf_config(raw), float(raw[RANDOM_BITS_KEY]), directory=path)
         return HfCheckpoint(path)
     raise ModelLoadError(f"{path}: no such file or directory")

@@ -1,10 +1,12 @@
 """Random weights in a real model's shape, made on the GPU: benchmarks run them without a checkpoint."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.checkpoint.hf_directory import load_tokenizer
 from engine.cuda.weights import DeviceWeights, Layer
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig
@@ -29,22 +31,25 @@ _TABLE = DeviceFormat(4, 64, "zero")  # rows are looked up one by one
 class RandomModel:
     """Stands in for a Checkpoint.
 
-    bits: of the layers' matrices on average, mixed from two formats by layer.
+    bits: of the layers' matrices on average, mixed from two formats by layer. directory: has the tokenizer.
     """
 
     config: ModelConfig
     bits: float
     weight_format: str = "random"
     eos_token_ids: frozenset[int] = frozenset()
+    directory: Path | None = None
 
     def has(self, name: str) -> bool:
         return False
 
     def tensor(self, name: str, *, keep_packed: bool) -> Any:
-        raise ModelLoadError(f"{name}: a random model has no tensors on disk")
+        raise ModelLoadError(f"{name}: random weights are made on a Hopper GPU, there are none on disk")
 
     def load_tokenizer(self) -> Any:
-        raise ModelLoadError("a random model has no tokenizer")
+        if self.directory is None:
+            raise ModelLoadError("a random model has no tokenizer")
+        return load_tokenizer(self.directory)
 
     def device_weights(self, max_model_len: int, device: torch.device) -> DeviceWeights:
         """Weights on the GPU. Raises ModelLoadError for bits outside 2.125 to 8."""
