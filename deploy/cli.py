@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Latency-first LLM serving.",
 )
 console = Console(stderr=True)
+_STATS_TIMEOUT_S = 5.0
 
 
 def main() -> None:
@@ -42,6 +43,9 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Prompt plus output tokens.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto, or fp8: twice the tokens in a GPU's memory.")
+    ] = None,
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Most tokens drafted a step; 0 is off.", show_default="by device")
     ] = None,
@@ -61,6 +65,7 @@ def serve(
             "max_model_len": max_model_len,
             "device": device,
             "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
             "speculative_tokens": speculative_tokens,
         },
         "serving": {"api_keys": tuple(api_key) if api_key else None},
@@ -99,9 +104,11 @@ def _name_of(model: str) -> str:
 
 def _print_ready(url: str, name: str, settings: Any) -> None:
     key = ' -H "Authorization: Bearer $PEREGRINE_API_KEY"' if settings.serving.api_keys else ""
-    console.print(
-        f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}. Try:"
-    )
+    console.print(f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}.")
+    if (num_tokens := _kv_cache_tokens(url, settings.engine.block_size)) is not None:
+        dtype = settings.engine.kv_cache_dtype
+        console.print(f"KV cache: {num_tokens:,} tokens a replica (kv_cache_dtype {dtype}).", highlight=False)
+    console.print("Try:")
     question = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": name, "temperature": 0, "messages": [question]})
     console.print(
@@ -110,6 +117,17 @@ def _print_ready(url: str, name: str, settings: Any) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def _kv_cache_tokens(url: str, block_size: int) -> int | None:
+    """Of the replica that answers; None where none does, which the first request will find out too."""
+    import httpx
+
+    try:
+        stats = httpx.get(f"{url}/stats", timeout=_STATS_TIMEOUT_S).raise_for_status().json()
+    except httpx.HTTPError:
+        return None
+    return int(stats["num_blocks"]) * block_size
 
 
 def _stop_on_signals(stop: threading.Event, is_ready: threading.Event) -> None:

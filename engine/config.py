@@ -9,6 +9,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 CoreLocation = Literal["thread", "process"]
 Precision = Literal["fp8", "bf16"]
+KVCacheDType = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class EngineConfig:
         max_model_len: prompt plus output tokens of one request; None takes the model's own limit.
         block_size: tokens of one KV block.
         kv_cache_bytes: memory for the KV cache; None takes 1 GiB on the CPU, 90% of what is free on a GPU.
+        kv_cache_dtype: `auto` is bfloat16 on a GPU, float32 on the CPU. `fp8` is e4m3 with a scale for each
+            token and head: twice the tokens in the same memory, less exact. It needs a Hopper GPU and packed
+            weights.
         num_blocks: overrides `kv_cache_bytes` (tests).
         max_num_seqs: most requests that run at the same time.
         token_budget: most tokens computed in one step (decode tokens first, then prompt chunks). It bounds
@@ -54,6 +58,7 @@ class EngineConfig:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: KVCacheDType = "auto"
     num_blocks: int | None = None
     max_num_seqs: int = 64
     token_budget: int | None = None
@@ -83,6 +88,8 @@ class EngineConfig:
             raise ParameterError("step_target_s", f"must be above 0, got {self.step_target_s}")
         if self.prefill_precision not in get_args(Precision):
             raise ParameterError("prefill_precision", f"must be fp8 or bf16, got {self.prefill_precision}")
+        if self.kv_cache_dtype not in get_args(KVCacheDType):
+            raise ParameterError("kv_cache_dtype", f"must be auto or fp8, got {self.kv_cache_dtype}")
         if self.speculative_tokens is not None and self.speculative_tokens < 0:
             raise ParameterError("speculative_tokens", f"must be at least 0, got {self.speculative_tokens}")
         if self.token_budget is not None and self.token_budget < self.max_num_seqs:

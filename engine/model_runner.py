@@ -105,6 +105,11 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
         self.config = config
         self.device = resolve_device(config)
+        if config.kv_cache_dtype != "auto":
+            raise ParameterError(
+                "kv_cache_dtype",
+                f"{config.kv_cache_dtype} needs a Hopper GPU and packed weights (allowed here: auto)",
+            )
         if self.device.type == "cpu" and config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
             kernels.set_num_threads(config.num_threads)
@@ -229,7 +234,7 @@ def size_kv_cache(
     device: torch.device,
     reserved_bytes: int = 0,
 ) -> int:
-    """Blocks of the KV cache. `reserved_bytes` of what is free are left to others.
+    """Blocks of the KV cache, which the log states. `reserved_bytes` of what is free are left to others.
 
     Raises:
         OutOfMemoryError: not even one block fits, or less than was asked for.
@@ -252,7 +257,20 @@ def size_kv_cache(
         )
     if wanted < bytes_per_block:
         raise OutOfMemoryError(f"the KV cache gets {wanted} bytes, one block takes {bytes_per_block}")
-    return wanted // bytes_per_block
+    num_blocks = wanted // bytes_per_block
+    num_tokens = num_blocks * config.block_size
+    logger.info(
+        "KV cache: %d tokens in %.2f of %.2f GiB free (%d bytes a token, kv_cache_dtype %s): "
+        "%.1f requests of %d tokens",
+        num_tokens,
+        wanted / 2**30,
+        available / 2**30,
+        bytes_per_token,
+        config.kv_cache_dtype,
+        num_tokens / max_model_len,
+        max_model_len,
+    )
+    return num_blocks
 
 
 def accept(

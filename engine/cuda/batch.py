@@ -22,10 +22,23 @@ class BatchProgram:
     """Steps of rows with one token each. Rows beyond the last one, up to a whole lane, are padding.
 
     A row's bits depend on the number of lanes beside it: the products of more tokens are cut differently.
+    Where the fused kernel cannot read the cache, all lanes come here, also those with several tokens of a
+    request.
     """
 
-    def __init__(self, layers: Layers, config: ModelConfig, rows: StepRows, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        config: ModelConfig,
+        rows: StepRows,
+        device: torch.device,
+        *,
+        takes_all: bool = False,
+        has_drafts: bool = False,
+    ) -> None:
+        """takes_all: there is no other way to compute lanes. has_drafts: there may be any."""
         self._layers, self._config, self._rows = layers, config, rows
+        self._takes_all, self._has_drafts = takes_all, has_drafts
         self._num_rows = min(len(rows.lanes) * MAX_TOKENS, DIRECT_TOKENS)
         self._x = torch.zeros(self._num_rows, config.hidden_size, device=device)
         self._logits = torch.zeros(self._num_rows, config.vocab_size, device=device)
@@ -35,26 +48,42 @@ class BatchProgram:
         self._graphs = Graphs(device)
 
     def takes(self, layout: Layout) -> bool:
-        """Whether a step's decodes are faster here than 16 at a time."""
+        """Whether a step's decodes are faster here than 16 at a time, or possible here alone."""
+        if self._takes_all:
+            return True
         parts = [p for lane in layout.lanes for p in lane]
         return self.takes_rows(len(parts)) and all(p.num_scheduled_tokens == 1 for p in parts)
 
     def takes_rows(self, num_rows: int) -> bool:
         """The same for so many rows of one token each."""
-        return self._is_possible and num_rows >= _MIN_ROWS
+        return self._takes_all or (self._is_possible and num_rows >= _MIN_ROWS)
 
-    def run(self, num_lanes: int, mode: Mode, *, has_logprobs: bool, goes_on: bool) -> None:
+    def is_shared(self, layout: Layout) -> bool:
+        """Whether several rows may be of one request.
+
+        Steps without drafts are computed the same way where there are others, so that a row has the bits of
+        plain decoding as long as there are as many lanes.
+        """
+        if self._takes_all and self._has_drafts:
+            return True
+        return any(p.num_scheduled_tokens > 1 for lane in layout.lanes for p in lane)
+
+    def run(
+        self, num_lanes: int, mode: Mode, *, has_logprobs: bool, goes_on: bool, is_shared: bool = False
+    ) -> None:
         """Compute and sample the rows of the first lanes. `goes_on`: each row from its last sampled token."""
         if self._rows.lanes is not self._lanes:
             self._lanes = self._rows.lanes
             self._graphs.clear()
         for first in range(0, num_lanes, _GROUP):
             count = min(_GROUP, num_lanes - first)
-            kind = (count, mode, has_logprobs)
-            key = (first, count, mode, has_logprobs, goes_on)
+            kind = (count, mode, has_logprobs, is_shared)
+            key = (first, count, mode, has_logprobs, goes_on, is_shared)
             self._graphs.run(kind, key, lambda key=key: self._compute(*key))  # type: ignore[misc]
 
-    def _compute(self, first: int, count: int, mode: Mode, has_logprobs: bool, goes_on: bool) -> None:
+    def _compute(
+        self, first: int, count: int, mode: Mode, has_logprobs: bool, goes_on: bool, is_shared: bool
+    ) -> None:
         rows = self._rows.of_lanes(first, count)
         inputs, num_rows = rows.inputs, count * MAX_TOKENS
         x, logits = self._x[:num_rows], self._logits[:num_rows]
@@ -69,7 +98,7 @@ class BatchProgram:
 
         def attend(qkv: Product, layer: Layer, form: Form) -> Activations:
             attended: Activations = self._layers.ops.attend_next(
-                qkv, layer.attention, layer.caches, tokens, form
+                qkv, layer.attention, layer.caches, tokens, form, is_shared=is_shared
             )
             return attended
 

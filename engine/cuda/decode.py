@@ -21,10 +21,11 @@ class DecodeProgram:
         self,
         weights: DeviceWeights,
         config: ModelConfig,
-        caches: Caches,
+        caches: Caches | None,
         rows: StepRows,
         device: torch.device,
     ) -> None:
+        """caches: bfloat16, or None where layers are computed elsewhere, and only sampling is done here."""
         self._weights, self._config, self._rows = weights, config, rows
         hidden = config.hidden_size
         self._embedded = torch.zeros(MAX_TOKENS, hidden, device=device)
@@ -32,6 +33,11 @@ class DecodeProgram:
         self._program, self._head = self._build(caches)
         self._lanes = rows.lanes
         self._graphs = Graphs(device)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it can `run`."""
+        return self._program is not None
 
     def run(self, lane: int, num_tokens: int, mode: Mode, *, has_logprobs: bool, goes_on: bool) -> None:
         """Compute and sample the first rows of a lane. `goes_on`: each row from its last sampled token."""
@@ -50,15 +56,17 @@ class DecodeProgram:
         self._head.launch(len(hidden))
         return self.logits[: len(hidden)]
 
-    def _build(self, caches: Caches) -> tuple[StepProgram, StepProgram]:
-        """The whole model, and final norm and head alone."""
+    def _build(self, caches: Caches | None) -> tuple[StepProgram | None, StepProgram]:
+        """The whole model where it has caches, and final norm and head alone."""
         weights, eps, inputs = self._weights, self._config.rms_norm_eps, self._rows.lanes[0].inputs
         model, head = PhaseList(), PhaseList()
         embedded = self._embedded
+        head.add_matmul(weights.head, embedded, self.logits, norm=weights.final_norm, eps=eps)
+        if caches is None:
+            return None, StepProgram(head, inputs)
         add_layers(
             model, weights.layers, caches, embedded, weights.final_norm, eps, weights.head, self.logits
         )
-        head.add_matmul(weights.head, self._embedded, self.logits, norm=weights.final_norm, eps=eps)
         config = self._config
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         return StepProgram(model, inputs, heads), StepProgram(head, inputs)
@@ -78,6 +86,7 @@ class DecodeProgram:
             self._config.embedding_scale,
             rows.inputs.positions if goes_on else None,
         )
+        assert self._program is not None, "it has no layers"
         self._program.inputs = rows.inputs
         self._program.launch(num_tokens)
         sample_rows(self.logits[:num_tokens], rows, mode, has_logprobs=has_logprobs)

@@ -24,8 +24,10 @@ from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, SchedulerOutput
 from engine.speculation import DraftPolicy
+from kernels import kv_cache
 from kernels.cuda import build
 from kernels.cuda.program import BLOCK_TOKENS, MAX_TOKENS
+from kernels.kv_cache import KVFormat
 from kernels.sampling import Mode
 
 _HOPPER = (9, 0)
@@ -59,11 +61,13 @@ class CudaModelRunner:
             torch.cuda.empty_cache()  # what repacking took
         precision = config.prefill_precision
         reserved = workspace_bytes(shape, weights, padded_tokens(chunk), config.max_num_seqs, precision)
-        bytes_per_token = shape.num_kv_bytes_per_token(torch.bfloat16.itemsize)
+        kv_format: KVFormat = "fp8" if config.kv_cache_dtype == "fp8" else "bf16"
+        of_layer = kv_cache.bytes_per_token(shape.num_kv_heads, shape.head_dim, kv_format)
+        bytes_per_token = shape.num_layers * of_layer
         self.num_blocks = size_kv_cache(config, self.max_model_len, bytes_per_token, self.device, reserved)
-        cache_shape = (self.num_blocks, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
+        of_cache = self.num_blocks, shape.num_kv_heads, shape.head_dim, kv_format, self.device
         caches = tuple(
-            (self._zeros(*cache_shape), self._zeros(*cache_shape)) for _ in range(shape.num_layers)
+            (kv_cache.allocate(*of_cache), kv_cache.allocate(*of_cache)) for _ in range(shape.num_layers)
         )
         self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
         self.chunk_sizes: Sequence[int] = chunk_sizes(min(self.token_budget, self.max_model_len - 1))
@@ -74,9 +78,13 @@ class CudaModelRunner:
             shape.vocab_size,
             self.device,
         )
-        self.decode = DecodeProgram(weights, shape, caches, self.rows, self.device)
+        # The fused kernel reads bfloat16 alone: other decodes are large batches, however few rows they have.
+        is_fused = kv_format == "bf16"
+        self.decode = DecodeProgram(weights, shape, caches if is_fused else None, self.rows, self.device)
         layers = Layers(weights, caches, self.device, precision)
-        self.batch = BatchProgram(layers, shape, self.rows, self.device)
+        self.batch = BatchProgram(
+            layers, shape, self.rows, self.device, takes_all=not is_fused, has_drafts=max_drafts > 0
+        )
         self.prefill = Prefill(layers, shape, self.rows.block_table, self.device)
         self.info = _describe(config, checkpoint, weights, self.max_model_len)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -128,12 +136,11 @@ class CudaModelRunner:
             self.prefill.warm_up()
             self.rows.load(Layout((), ()))  # rows of padding, which write nothing
             self.rows.note(Layout((), ()))
-            for n in range(MAX_TOKENS, 0, -1):
+            num_lanes = -(-self._max_num_seqs // MAX_TOKENS)
+            for n in range(MAX_TOKENS, 0, -1) if self.decode.has_layers else ():
                 for goes_on in (False, False, True):  # the first run of its kind is not captured
                     self.decode.run(0, n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
-            num_lanes = -(-self._max_num_seqs // MAX_TOKENS)
-            for lane in range(1, num_lanes + 1):  # a prompt's last few tokens, behind that many decodes
-                for n in range(MAX_TOKENS, 0, -1):
+                for lane in range(1, num_lanes + 1):  # a prompt's last few tokens, behind that many decodes
                     self.decode.run(lane, n, Mode.GREEDY, has_logprobs=False, goes_on=False)
             for n in range(num_lanes, 0, -1):
                 if self.batch.takes_rows(n * MAX_TOKENS):
@@ -146,7 +153,13 @@ class CudaModelRunner:
         if self.batch.takes(layout):
             parts = [p for lane in layout.lanes for p in lane if p.is_sampled]
             has_logprobs = _want_logprobs(parts)
-            self.batch.run(len(layout.lanes), mode_of(parts), has_logprobs=has_logprobs, goes_on=goes_on)
+            self.batch.run(
+                len(layout.lanes),
+                mode_of(parts),
+                has_logprobs=has_logprobs,
+                goes_on=goes_on,
+                is_shared=self.batch.is_shared(layout),
+            )
             return
         for i, lane in enumerate(layout.lanes):
             sampled = [p for p in lane if p.is_sampled]
@@ -201,9 +214,6 @@ class CudaModelRunner:
             for i in range(0, end - begin, MAX_TOKENS)
         ]
         return torch.cat(pieces)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
 
 
 def _want_logprobs(parts: Sequence[ScheduledRequest]) -> bool:

@@ -23,6 +23,8 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_
 """Linears that read the same activations."""
 
 Linear = Callable[[str, Tensor], Tensor]
+Cached = Callable[[Tensor], Tensor]
+"""What the KV cache makes of keys (rotated) or values [B, kv_heads, T, head_dim]."""
 
 
 def linear_name(layer: int, linear: str) -> str:
@@ -117,10 +119,12 @@ class DecoderLayers:
         x: Tensor,
         linear: Linear | None = None,
         tree: Tree | None = None,
+        cached: tuple[Cached, Cached] | None = None,
     ) -> Tensor:
         """Residual stream [B, T, hidden] after the layer; `linear(name, x)` stands in for x W^T.
 
-        Plain causal sequences, or with `tree` a prompt and its continuations.
+        Plain causal sequences, or with `tree` a prompt and its continuations. cached: of keys and of values,
+        where the cache rounds them.
         """
         config, vectors = self.config, w.vectors
 
@@ -132,7 +136,8 @@ class DecoderLayers:
         def norm(name: str, value: Tensor) -> Tensor:
             return rms_norm(value, vectors[name], config.rms_norm_eps)
 
-        attended = apply("o_proj", self._attention(layer, norm("input_layernorm", x), apply, norm, tree))
+        normed = norm("input_layernorm", x)
+        attended = apply("o_proj", self._attention(layer, normed, apply, norm, tree, cached))
         has_post = config.has_post_norms
         x = x + (norm("post_attention_layernorm", attended) if has_post else attended)
         normed = norm("pre_feedforward_layernorm" if has_post else "post_attention_layernorm", x)
@@ -140,7 +145,15 @@ class DecoderLayers:
         out = apply("down_proj", gated)
         return x + (norm("post_feedforward_layernorm", out) if has_post else out)
 
-    def _attention(self, layer: int, x: Tensor, apply: Linear, norm: Linear, tree: Tree | None) -> Tensor:
+    def _attention(
+        self,
+        layer: int,
+        x: Tensor,
+        apply: Linear,
+        norm: Linear,
+        tree: Tree | None,
+        cached: tuple[Cached, Cached] | None,
+    ) -> Tensor:
         config, (batch, length) = self.config, x.shape[:2]
 
         def heads(name: str) -> Tensor:
@@ -158,9 +171,12 @@ class DecoderLayers:
             distance = positions[:, None] - positions
             near = (distance >= 0) & (distance < window)
             mask = near if mask is None else near & mask
+        keys = _rotate(keys, cos, sin)
+        if cached is not None:
+            keys, values = cached[0](keys), cached[1](values)
         out = functional.scaled_dot_product_attention(
             _rotate(query, cos, sin),
-            _rotate(keys, cos, sin),
+            keys,
             values,
             attn_mask=mask,
             is_causal=mask is None,

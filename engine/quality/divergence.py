@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from engine.checkpoint.loading import Checkpoint
 from engine.errors import ParameterError
-from engine.models.layerwise import DecoderLayers
+from engine.models.layerwise import Cached, DecoderLayers
 from kernels.reference import rms_norm
 
 _MICRO_BATCH = 4
@@ -32,13 +32,23 @@ class Divergence:
 
 
 @torch.inference_mode()
-def hidden_states(checkpoint: Checkpoint, tokens: Tensor, progress: Progress = lambda _: None) -> Tensor:
-    """The normed residual stream in front of the head, float32 [S, T, hidden], for tokens [S, T]."""
+def hidden_states(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    progress: Progress = lambda _: None,
+    cached: Callable[[int], tuple[Cached, Cached]] | None = None,
+) -> Tensor:
+    """The normed residual stream in front of the head, float32 [S, T, hidden], for tokens [S, T].
+
+    cached: what a layer's KV cache makes of keys and values, where it rounds them.
+    """
     layers = DecoderLayers(checkpoint, tokens.shape[1])
     x = layers.embed(tokens, layers.embedding())
     for layer in range(layers.config.num_layers):
         weights = layers.load(layer)
-        x = torch.cat([layers.forward(layer, weights, part) for part in x.split(_MICRO_BATCH)])
+        own = None if cached is None else cached(layer)
+        parts = x.split(_MICRO_BATCH)
+        x = torch.cat([layers.forward(layer, weights, part, cached=own) for part in parts])
         progress("layer")
     return rms_norm(x, layers.final_norm(), layers.config.rms_norm_eps)
 

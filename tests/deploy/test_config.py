@@ -56,6 +56,7 @@ def test_options_win_over_the_file(tmp_path):
         ("routing: {policy: fastest}", r"routing\.policy: .*'latency', 'round_robin'.*'none'"),
         ("cluster: {autoscaling: {max_replicas: 0}}", r"cluster\.autoscaling\.max_replicas: .*"),
         ("engine: {device: tpu}", r"engine\.device: .*'auto', 'cpu' or 'cuda'"),
+        ("engine: {kv_cache_dtype: int8}", r"engine\.kv_cache_dtype: .*'auto' or 'fp8'"),
         ("engine: {token_budget: 8}", r"engine\.token_budget: must be at least max_num_seqs"),
         ("engine: 5", r"engine: must be a mapping"),
         ("- a", r"must be a mapping with the sections"),

@@ -110,6 +110,6 @@ class _Head:
         m._logits[:num_tokens] = reference.logits(m._x[:num_tokens], m._norm, m._eps, m._head)
 
 
-def _build(program: Any, caches: Any) -> tuple[_Model, _Head]:
-    model = _Model(program, caches)
-    return model, _Head(model)
+def _build(program: Any, caches: Any) -> tuple[_Model | None, _Head]:
+    model = _Model(program, caches or ())
+    return model if caches is not None else None, _Head(model)

@@ -107,7 +107,9 @@ def logits_after(model: LlamaModel, prompt: list[int], output: list[int]) -> tor
         return model.logits(hidden[len(prompt) - 1 : -1].contiguous())
 
 
-def check_greedy(model: LlamaModel, given, got: dict[str, list[int]], tie: float = TIE) -> None:
+def check_greedy(
+    model: LlamaModel, given, got: dict[str, list[int]], tie: float = TIE, least_equal: float = 0.95
+) -> None:
     num_equal = num_tokens = 0
     for request_id, (prompt, params) in given.items():
         output = got[request_id]
@@ -127,7 +129,7 @@ def check_greedy(model: LlamaModel, given, got: dict[str, list[int]], tie: float
             assert gap < tie, f"{request_id}, output {i}: {token_id} is {gap:.3f} below {int(row.argmax())}"
             num_equal += gap == 0
         num_tokens += len(output)
-    assert num_equal > 0.95 * num_tokens
+    assert num_equal > least_equal * num_tokens
 
 
 def is_idle(core: EngineCore) -> bool:
