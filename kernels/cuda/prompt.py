@@ -1,6 +1,8 @@
 """Products of 16 to some hundred tokens straight from packed weights (src/prompt.cu)."""
 
 import ctypes
+import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -12,10 +14,13 @@ from kernels.cuda.tables import fp8_units, groups, stream
 from kernels.prefill import Activations, Product
 
 MAX_SPLITS = 8
-_TILES = (32, 64, 128)  # of tokens, that a block may take
+_TILES = (16, 32, 64, 128)  # of tokens, that a block may take
+_NARROW = 16  # a tile of which blocks may have any number of rows up to 128
 _PAIRED_TOKENS = 64  # two blocks of 128 rows share a multiprocessor up to this tile, else one
 _MIN_WIDE_BLOCKS = 100  # of 256 rows
 _MIN_UNITS = 2  # of a part of K
+# What a block of few tokens costs, in units of weights: the activations of one unit, and its start and end.
+_ACTIVATIONS, _START = 2, 8
 
 
 def can_multiply(weight: DeviceWeight) -> bool:
@@ -78,9 +83,26 @@ def plan(num_tokens: int, n: int, num_units: int) -> tuple[int, int, int]:
     fewer activations from L2 for each weight, which counts where the tensor cores are busiest.
     """
     tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
+    most = max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
+    if tile == _NARROW:
+        return tile, *_narrow_plan(n, num_units, most)
     tiles, slots = -(-num_tokens // tile), num_blocks() * (2 if tile <= _PAIRED_TOKENS else 1)
     is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
     rows = 256 if is_wide else 128
-    most = max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
     splits = min(most, max(1, slots // (tiles * -(-n // rows))))
     return tile, rows, -(-num_units // -(-num_units // splits))
+
+
+@functools.cache
+def _narrow_plan(n: int, num_units: int, most: int) -> tuple[int, int]:
+    """Rows of a block and parts of K that keep two blocks on every multiprocessor equally busy."""
+    slots = 2 * num_blocks()
+
+    def cost(rows: int, splits: int) -> tuple[int, int]:
+        units = -(-num_units // splits)
+        waves = -(-(-(-n // rows) * splits) // slots)
+        return waves * (units * (rows // TILE_ROWS + _ACTIVATIONS) + _START), splits
+
+    sizes = itertools.product(range(128, 48, -TILE_ROWS), range(1, most + 1))
+    rows, splits = min(sizes, key=lambda size: cost(*size))
+    return rows, -(-num_units // -(-num_units // splits))

@@ -1,0 +1,26 @@
+// Rings of stages in shared memory, between the warps that stream and those that compute (prompt.cu).
+#pragma once
+
+#include "values.cuh"
+
+constexpr int kLines = kUnitColumns / 64;  // of activations in a unit
+
+// A ring of stages that one warp fills and kTiles warps empty.
+struct Ring {
+  uint8_t* data;
+  uint64_t *full, *empty;
+  int stages, stage_bytes;
+};
+
+// Where a warp is in a ring: counted, because a division costs as much as unpacking a column.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next(const Ring& ring) {
+    if (++stage == ring.stages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ uint8_t* data(const Ring& ring) const { return ring.data + stage * ring.stage_bytes; }
+  __device__ __forceinline__ void wait_full(const Ring& ring) const { mbarrier_wait(&ring.full[stage], parity); }
+  __device__ __forceinline__ void wait_empty(const Ring& ring) const { mbarrier_wait(&ring.empty[stage], parity ^ 1); }
+};
