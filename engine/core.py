@@ -40,7 +40,7 @@ class EngineCore:
             max_model_len=self.runner.max_model_len,
             eos_token_ids=checkpoint.eos_token_ids,
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
-            pacer=StepPacer.for_device(self.runner.device.type, config.step_target_s),
+            pacer=StepPacer.for_device(self.runner.device.type, config.step_target_s, self.runner.is_joint),
         )
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}

@@ -71,6 +71,10 @@ class Runner(Protocol):
         """Wait for a launched step."""
         ...
 
+    def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
+        """Whether such a step takes as long as a chunk of all its tokens; else decodes and chunks add up."""
+        ...
+
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute one step; the KV cache holds its tokens afterwards."""
         ...
@@ -145,6 +149,9 @@ class ModelRunner:
 
     def collect(self, ticket: StepResult) -> StepResult:
         return ticket
+
+    def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
+        return False
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepResult:

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 _WEIGHT = 0.2  # of a new measurement
@@ -13,7 +13,10 @@ _MIN_TOKENS = 16  # prompts go on, however slow a step is
 # stays below 10 ms, which is what p99 of the streams' token intervals should be.
 _GPU_TARGET_S = 0.009
 _MIN_DECODES = 2.0  # decode steps that a step may last by default: larger models have longer ones
+_JOINT_STRETCH = 1.3  # at first: the decodes' attention, and sampling
 _DRAIN_S = 1.0  # within so long a backlog of prompts is computed, by default, whatever it costs the streams
+
+JointTest = Callable[[int, int], bool]
 
 
 @dataclass(slots=True)
@@ -21,28 +24,36 @@ class StepPacer:
     """Learns from the steps' durations: t = t_decode + t_chunk(tokens), as moving averages.
 
     t_chunk is `profile`, where there is one, times how much longer steps took than it says (their context,
-    the host); else in proportion to the tokens.
+    the host); else in proportion to the tokens. Joint steps, whose decodes are tokens of the chunk, take
+    t_chunk(decodes + tokens), with a stretch of their own.
 
     Args:
         target_s: what a step with running streams should take; None sets no limits.
         is_soft: the target bounds no batch, and gives way to long decode steps and a long backlog of prompts.
         profile: seconds of a step of so many prompt tokens alone, by numbers that need no padding, ascending.
+        is_joint: whether a step of so many decodes and prompt tokens is one.
     """
 
     target_s: float | None
     is_soft: bool = False
     profile: dict[int, float] = field(default_factory=dict)
+    is_joint: JointTest = field(default=lambda num_decodes, num_prompt_tokens: False)
     _decode_s: float | None = field(default=None)
     _num_decodes: float = field(default=0.0)  # that it is of
     _rate: float | None = field(default=None)  # prompt tokens a second
     _stretch: float = field(default=1.0)  # of the profile
+    _joint_stretch: float = field(default=_JOINT_STRETCH)
 
     @classmethod
-    def for_device(cls, device_type: str, target_s: float | None) -> "StepPacer":
+    def for_device(
+        cls, device_type: str, target_s: float | None, is_joint: JointTest | None = None
+    ) -> "StepPacer":
         """target_s: as configured; infinite is no limit, None the device's default."""
-        if target_s is None and device_type == "cuda":
-            return cls(_GPU_TARGET_S, is_soft=True)
-        return cls(None if target_s == math.inf else target_s)
+        is_soft = target_s is None and device_type == "cuda"
+        pacer = cls(_GPU_TARGET_S if is_soft else None if target_s == math.inf else target_s, is_soft)
+        if is_joint is not None:
+            pacer.is_joint = is_joint
+        return pacer
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
@@ -56,7 +67,12 @@ class StepPacer:
         # A step that took less than decoding alone says that prompts cost next to nothing.
         cost = max(seconds - beside, 0.1 * seconds)
         self._rate = _average(self._rate, num_prompt_tokens / cost)
-        if self.profile:
+        if not self.profile:
+            return
+        if self.is_joint(num_decodes, num_prompt_tokens):
+            alone_s = self._profiled_s(num_decodes + num_prompt_tokens)
+            self._joint_stretch = _average(self._joint_stretch, seconds / alone_s)
+        else:
             self._stretch = _average(self._stretch, cost / self._profiled_s(num_prompt_tokens))
 
     @property
@@ -71,14 +87,12 @@ class StepPacer:
             return budget
         decode_s = self._decode_s or 0.0
         target_s = max(self.target_s, _MIN_DECODES * decode_s) if self.is_soft else self.target_s
-        sizes = self._sizes(budget)
-        fitting = [n for n in sizes if decode_s + self._chunk_s(n) <= target_s]
-        size = fitting[-1] if fitting else sizes[0]
+        sizes = {n: self._step_s(num_decodes, n) for n in self._sizes(num_decodes, budget)}
+        size = max((n for n, seconds in sizes.items() if seconds <= target_s), default=min(sizes))
         if not self.is_soft:
             return size
         wanted = num_waiting_tokens / _DRAIN_S
-        enough = (n for n in sizes if n >= size and n / (decode_s + self._chunk_s(n)) >= wanted)
-        return next(enough, budget)
+        return next((n for n, seconds in sizes.items() if n >= size and n >= wanted * seconds), budget)
 
     def max_sequences(self, limit: int) -> int:
         """How many sequences may run: as many as decode within the target, each taken to cost the same."""
@@ -86,15 +100,18 @@ class StepPacer:
             return limit
         return min(limit, max(1, int(self.target_s / self._decode_s * self._num_decodes)))
 
-    def _sizes(self, budget: int) -> Sequence[int]:
+    def _sizes(self, num_decodes: int, budget: int) -> Sequence[int]:
         """Chunks to choose from, ascending; the last one is the whole budget."""
-        sizes = self.profile or range(_MIN_TOKENS, budget, _MIN_TOKENS)
-        return [*(n for n in sizes if n < budget), budget]
+        sizes = set(self.profile or range(_MIN_TOKENS, budget, _MIN_TOKENS))
+        sizes |= {n - num_decodes for n in self.profile if self.is_joint(num_decodes, n - num_decodes)}
+        return [*sorted(n for n in sizes if n < budget), budget]
 
-    def _chunk_s(self, num_tokens: int) -> float:
-        if self.profile:
-            return self._stretch * self._profiled_s(num_tokens)
-        return num_tokens / self._rate if self._rate else 0.0
+    def _step_s(self, num_decodes: int, num_tokens: int) -> float:
+        if not self.profile:
+            return (self._decode_s or 0.0) + (num_tokens / self._rate if self._rate else 0.0)
+        if self.is_joint(num_decodes, num_tokens):
+            return self._joint_stretch * self._profiled_s(num_decodes + num_tokens)
+        return (self._decode_s or 0.0) + self._stretch * self._profiled_s(num_tokens)
 
     def _profiled_s(self, num_tokens: int) -> float:
         """Of the next larger profiled number: they are padded to it. Beyond the last in proportion."""

@@ -136,7 +136,7 @@ def measure(core: EngineCore, load: Load, targets: Sequence[float | None]) -> It
     """A row for each target of a step with running streams, in seconds (see `EngineConfig.step_target_s`)."""
     warm = core.scheduler.pacer
     for target_s in targets:
-        pacer = StepPacer.for_device(core.runner.device.type, target_s)
+        pacer = StepPacer.for_device(core.runner.device.type, target_s, core.runner.is_joint)
         core.scheduler.pacer = dataclasses.replace(pacer, profile=warm.profile)
         Driver(core, dataclasses.replace(load, seconds=min(2.0, load.seconds), seed=load.seed + 1)).run()
         outcome = Driver(core, load).run()

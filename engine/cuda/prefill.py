@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cuda.layers import Layer, Layers
+from engine.cuda.layers import DIRECT_TOKENS, Layer, Layers
 from engine.cuda.transfer import upload
 from engine.models.config import ModelConfig
 from kernels.cuda import tables
@@ -47,27 +47,37 @@ class Prefill:
     """The number of tokens is rounded up, so that few shapes occur; small ones become CUDA graphs."""
 
     def __init__(
-        self, layers: Layers, config: ModelConfig, block_table: Tensor, device: torch.device
+        self,
+        layers: Layers,
+        config: ModelConfig,
+        block_table: Tensor,
+        device: torch.device,
+        num_decodes: int = 0,
     ) -> None:
+        """num_decodes: most decodes beside the chunks of a step."""
+        self._num_decodes = num_decodes
         self._layers, self._config = layers, config
         self._block_table, self._device = block_table, device
-        self._graphs: dict[int, _Step] = {}
+        self._graphs: dict[tuple[int, bool], _Step] = {}  # of so many tokens, with decodes among them or not
         self._graph_x = torch.empty(_GRAPH_TOKENS, config.hidden_size, device=device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], first_ids: Tensor | None = None) -> Tensor:
         """Residual stream after the last layer, float32 [tokens, hidden], chunk by chunk; fills the cache.
 
-        Valid until the next call.
+        first_ids: the ids of the first tokens, int32 on the device, where these are decodes: chunks of one
+        token, whose ids the host may not know yet. The result is valid until the next call.
         """
         num_tokens = sum(len(c.token_ids) for c in chunks)
         padded = _padded(num_tokens)
-        step = self._graphs.get(padded)
+        step = self._graphs.get((padded, first_ids is not None))
         if step is None or _num_tiles(chunks, step.tokens.tile) > len(step.tokens.tiles):
             tile = self._tile(padded)
             step = self._make(padded, _num_tiles(chunks, tile), tile, None)
         ints = _lay_out(chunks, padded, len(step.tokens.tiles), step.tokens.tile)
         step.ints.copy_(upload(ints, self._device))
+        if first_ids is not None:
+            step.ints[: len(first_ids)].copy_(first_ids)
         if step.graph is None:
             self._compute(step)
         else:
@@ -78,15 +88,20 @@ class Prefill:
         """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed."""
         if self._device.type != "cuda":
             return
-        for padded in sorted({_padded(n) for n in range(1, _GRAPH_TOKENS + 1)}, reverse=True):
+        sizes = sorted({_padded(n) for n in range(1, _GRAPH_TOKENS + 1)}, reverse=True)
+        kinds = [(n, False) for n in sizes]
+        if self._num_decodes:
+            kinds += [(n, True) for n in sizes if n <= DIRECT_TOKENS]
+        for padded, has_decodes in kinds:
             tile, graph = self._tile(padded), torch.cuda.CUDAGraph()
-            step = self._make(padded, padded // tile + _GRAPH_TILES, tile, graph)
+            num_tiles = padded // tile + _GRAPH_TILES + (self._num_decodes if has_decodes else 0)
+            step = self._make(padded, num_tiles, tile, graph)
             step.ints.copy_(upload(_lay_out((), padded, len(step.tokens.tiles), tile), self._device))
             self._compute(step)  # compiles and loads what it needs
             stream = torch.cuda.current_stream()
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 self._compute(step)
-            self._graphs[padded] = step
+            self._graphs[padded, has_decodes] = step
 
     def _tile(self, padded: int) -> int:
         """Queries of a program of the attention: fewer where there would be few programs."""

@@ -77,6 +77,11 @@ class StepRows:
             del self._num_blocks[request_id]
             self._expected = None  # should it come back, then in another slot
 
+    @property
+    def token_ids(self) -> Tensor:
+        """int32, of every row, as `load` left them."""
+        return self._token_ids
+
     def slot(self, request_id: str) -> int:
         return self._slots[request_id]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.cuda.batch import BatchProgram
+from engine.cuda.batch import MIN_ROWS, BatchProgram
 from engine.cuda.decode import DecodeProgram
-from engine.cuda.layers import Layers, workspace_bytes
+from engine.cuda.layers import DIRECT_TOKENS, Layers, workspace_bytes
 from engine.cuda.layout import MAX_DRAFTS, Layout, lay_out, max_lanes, needs_prompt_logprobs, num_tokens_of
 from engine.cuda.prefill import Chunk, Prefill, chunk_sizes, padded_tokens
 from engine.cuda.results import Ticket, collect, logprobs_of, read_out
@@ -31,6 +31,12 @@ from kernels.kv_cache import KVFormat
 from kernels.sampling import Mode
 
 _HOPPER = (9, 0)
+
+# Decodes that are computed with the chunks of a step of few tokens, in one pass over the weights, where there
+# are enough of them to be a large batch. Their attention is then a prompt's, a program for every head, and
+# reads the keys once a head: with more keys a pass of their own costs less.
+_JOINT_DECODES = 64
+_JOINT_KEYS = 48 * 1024
 
 
 class CudaModelRunner:
@@ -85,7 +91,8 @@ class CudaModelRunner:
         self.batch = BatchProgram(
             layers, shape, self.rows, self.device, takes_all=not is_fused, has_drafts=max_drafts > 0
         )
-        self.prefill = Prefill(layers, shape, self.rows.block_table, self.device)
+        num_joint = min(_JOINT_DECODES, config.max_num_seqs) if self.batch.takes_rows(MIN_ROWS) else 0
+        self.prefill = Prefill(layers, shape, self.rows.block_table, self.device, num_joint)
         self.info = _describe(config, checkpoint, weights, self.max_model_len)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is not None:
@@ -97,12 +104,16 @@ class CudaModelRunner:
         with torch.cuda.stream(self._stream):
             for request_id in output.preempted_ids:
                 self.forget(request_id)
-            layout = lay_out(output.scheduled)
+            joins = self._joins(output.scheduled)
+            layout = lay_out(output.scheduled, keeps_chunks=joins)
             self.rows.update_blocks(p.request for p in output.scheduled)
-            goes_on = self.rows.can_go_on(layout)
+            goes_on = not joins and self.rows.can_go_on(layout)
             if not goes_on:
                 self.rows.load(layout)
             self.rows.note(layout)
+            if joins:
+                self._run_jointly(layout)
+                return read_out(layout, self.rows, {})
             self._run_lanes(layout, goes_on)
             prompt_logprobs = self._run_chunks(layout)
             return read_out(layout, self.rows, prompt_logprobs)
@@ -110,6 +121,15 @@ class CudaModelRunner:
     def collect(self, ticket: Ticket) -> StepResult:
         """Wait for a step's results. Raises EngineDeadError if the GPU does not deliver them."""
         return collect(ticket)
+
+    def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
+        """Whether a step of so many decodes and tokens of chunks is one pass over the weights."""
+        return (
+            num_prompt_tokens > 0
+            and MIN_ROWS <= num_decodes <= _JOINT_DECODES
+            and num_decodes + num_prompt_tokens <= DIRECT_TOKENS
+            and self.batch.takes_rows(num_decodes)
+        )
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Launch a step and wait for it."""
@@ -176,6 +196,31 @@ class CudaModelRunner:
         if not layout.chunks:
             return {}
         hidden = self.prefill.forward([self._chunk(p) for p in layout.chunks])
+        return self._sample_chunks(layout, hidden)
+
+    def _joins(self, scheduled: Sequence[ScheduledRequest]) -> bool:
+        """Whether decodes and chunks are computed together: all of them plain, and few."""
+        decodes = [p for p in scheduled if p.num_scheduled_tokens == 1]
+        num_tokens = num_tokens_of(scheduled) - len(decodes)
+        return (
+            self.is_joint(len(decodes), num_tokens)
+            and sum(p.num_computed_tokens for p in decodes) <= _JOINT_KEYS
+            and not any(p.draft_token_ids or needs_prompt_logprobs(p) for p in scheduled)
+        )
+
+    def _run_jointly(self, layout: Layout) -> None:
+        """Decodes as chunks of one token before the others; their ids are where the rows were loaded."""
+        decodes = [p for lane in layout.lanes for p in lane]
+        chunks = [Chunk(self.rows.slot(p.request.request_id), p.num_computed_tokens, (0,)) for p in decodes]
+        chunks += [self._chunk(p) for p in layout.chunks]
+        hidden = self.prefill.forward(chunks, self.rows.token_ids[: len(decodes)])
+        for i, lane in enumerate(layout.lanes):
+            own = hidden[i * MAX_TOKENS :][: len(lane)]  # lanes of single tokens are full but for the last
+            self.decode.sample_hidden(i, own, mode_of(lane), has_logprobs=_want_logprobs(lane))
+        self._sample_chunks(layout, hidden[len(decodes) :])
+
+    def _sample_chunks(self, layout: Layout, hidden: Tensor) -> dict[str, Tensor]:
+        """Sample where prompts end, from the chunks' residual stream; prompt logprobs by request id."""
         prompt_logprobs: dict[str, Tensor] = {}
         last, first = [], 0
         for part in layout.chunks:

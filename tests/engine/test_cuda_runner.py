@@ -174,6 +174,37 @@ def test_alone_and_in_a_batch_of_64(model_dir, reference, device):
     assert is_idle(core)
 
 
+@pytest.mark.parametrize("lengths", [(100,), (5, 30), (12,), (250,)])
+def test_decodes_beside_few_prompt_tokens_are_one_pass(model_dir, reference, device, lengths, monkeypatch):
+    core = core_of(model_dir, device, enable_prefix_caching=False, num_blocks=128)
+    given = requests(18, longest=40)
+    rng = random.Random(3)
+    late = {
+        f"late{n}{i}": ([rng.randrange(2, 199) for _ in range(n)], greedy(6)) for i, n in enumerate(lengths)
+    }
+    plans, run_jointly = [], core.runner._run_jointly
+    monkeypatch.setattr(
+        core.runner, "_run_jointly", lambda layout: (plans.append(layout), run_jointly(layout))
+    )
+    outputs: dict[str, list[int]] = {k: [] for k in given | late}
+
+    def advance() -> None:
+        for output in core.step().outputs:
+            outputs[output.request_id].append(output.token_id)
+
+    for request_id, (prompt, params) in given.items():
+        core.add_request(AddRequest(request_id, tuple(prompt), params, 0.0))
+    for _ in range(4):
+        advance()
+    for request_id, (prompt, params) in late.items():
+        core.add_request(AddRequest(request_id, tuple(prompt), params, 0.0))
+    while core.has_work:
+        advance()
+    assert [len(p.chunks) for p in plans] == ([] if sum(lengths) > 256 - 18 else [len(lengths)])
+    check_greedy(reference, given | late, outputs, tie=BATCH_TIE)
+    assert is_idle(core)
+
+
 def test_sampling_in_a_large_batch_is_reproducible(model_dir, device):
     params = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, logprobs=2, max_tokens=12)
     core = core_of(model_dir, device, num_blocks=512, max_num_seqs=64, enable_prefix_caching=False)

@@ -164,3 +164,15 @@ def test_without_a_target_the_budget_is_the_limit():
     pacer = StepPacer(target_s=None)
     pacer.observe(4, 1000, 1.0)
     assert pacer.max_prompt_tokens(4, 2048) == 2048
+
+
+def test_joint_steps_take_what_a_chunk_of_all_their_tokens_takes():
+    pacer = StepPacer(0.010, profile=PROFILE, is_joint=lambda decodes, tokens: 0 < tokens <= 256 - decodes)
+    pacer.observe(16, 0, 0.005)
+    for _ in range(50):
+        pacer.observe(16, 112, 0.006)
+    assert pacer.max_prompt_tokens(16, 2032) == 112  # 256 tokens would take 1.2 times 9 ms
+    pacer.target_s = 0.012
+    assert pacer.max_prompt_tokens(16, 2032) == 240
+    pacer.target_s = 0.030
+    assert pacer.max_prompt_tokens(16, 2032) == 1024  # beside the decodes: 24 ms
