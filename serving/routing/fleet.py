@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from serving.routing.gates import BoolArray
-from serving.routing.ledger import FloatArray, IntArray, Ledger
+from serving.routing.ledger import FloatArray, Ledger
 from serving.routing.requests import ReplicaStats, RoutedRequest
 
 STATS_TRUSTED_S = 1.0
@@ -43,10 +43,9 @@ class Fleet:
         self._ids: list[str | None] = [None] * size
         self._slots: dict[str, int] = {}
         self._published_at_s = np.full(size, -np.inf)
-        # Work of other routers: what the replica reported beyond our own books when the report came.
-        self._foreign_prefill = np.zeros(size, np.int64)
-        self._foreign_active = np.zeros(size, np.int64)
-        self._foreign_kv = np.zeros(size, np.int64)
+        # [prompt tokens, decodes, KV tokens] x slots, work of other routers: what the replica reported beyond
+        # our own books when the report came, never below 0.
+        self._foreign = np.zeros((3, size))
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -104,9 +103,11 @@ class Fleet:
         if stats.published_at_s < self._published_at_s[slot]:
             return
         self._published_at_s[slot] = stats.published_at_s
-        self._foreign_prefill[slot] = stats.pending_prefill_tokens - ledger.pending_prefill[slot]
-        self._foreign_active[slot] = stats.active_decodes - ledger.active_decodes[slot]
-        self._foreign_kv[slot] = stats.kv_tokens - ledger.kv_tokens[slot]
+        self._foreign[:, slot] = (
+            max(0, stats.pending_prefill_tokens - ledger.pending_prefill[slot]),
+            max(0, stats.active_decodes - ledger.active_decodes[slot]),
+            max(0, stats.kv_tokens - ledger.kv_tokens[slot]),
+        )
 
     def eligible(self, request: RoutedRequest) -> BoolArray:
         """Live, healthy, not draining, and none that failed this request if there are others. [num_slots]"""
@@ -124,9 +125,6 @@ class Fleet:
         each
         """
         n = self.num_slots
-        is_fresh = now_s - self._published_at_s[:n] <= STATS_TRUSTED_S
-
-        def excess(reported: IntArray) -> FloatArray:
-            return np.where(is_fresh, np.maximum(reported[:n], 0), 0).astype(np.float64)
-
-        return excess(self._foreign_prefill), excess(self._foreign_active), excess(self._foreign_kv)
+        is_fresh = self._published_at_s[:n] >= now_s - STATS_TRUSTED_S
+        prefill, active, kv = self._foreign[:, :n] * is_fresh
+        return prefill, active, kv

@@ -7,6 +7,8 @@ import numpy as np
 
 from serving.routing.ledger import Flight, FloatArray, IntArray
 
+_REFRESH_S = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -81,6 +83,12 @@ class CostModel:
         Requests leave one by one over a mean answer's time `answer_s`, and give back their share of the
         cache.
         """
+        # Mostly nobody waits, and two maxima are cheaper than the arithmetic over a large fleet.
+        if (
+            in_flight.max() < self.max_num_seqs
+            and kv_tokens.max() + needed_kv_tokens <= self.kv_capacity_tokens
+        ):
+            return np.zeros(len(in_flight))
         missing_seats = np.maximum(0.0, (in_flight + 1 - self.max_num_seqs) / self.max_num_seqs)
         missing_kv = np.maximum(0.0, (kv_tokens + needed_kv_tokens) / self.kv_capacity_tokens - 1)
         wait: FloatArray = np.maximum(missing_seats, missing_kv) * answer_s
@@ -111,9 +119,8 @@ class Residuals:
         for name, value in (("weight", weight), ("fleet_weight", fleet_weight)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value}")
-        self._weight, self._fleet_weight = weight, fleet_weight
-        self._half_life_s, self._limit = half_life_s, limit
-        self._ttft, self._tpot = _Deviations(max_replicas), _Deviations(max_replicas)
+        self._weight, self._fleet_weight, self._limit = weight, fleet_weight, limit
+        self._ttft, self._tpot = (_Deviations(max_replicas, half_life_s) for _ in range(2))
 
     def observe(self, flight: Flight, output_tokens: int, now_s: float) -> None:
         """Take in a finished request of `output_tokens` tokens."""
@@ -127,21 +134,16 @@ class Residuals:
 
     def ttft_factors(self, num_slots: int, now_s: float) -> FloatArray:
         """What predicted TTFTs are to be multiplied by. [num_slots]"""
-        return self._factors(self._ttft, num_slots, now_s)
+        return self._ttft.factors(num_slots, now_s)
 
     def tpot_factors(self, num_slots: int, now_s: float) -> FloatArray:
         """What predicted TPOTs are to be multiplied by. [num_slots]"""
-        return self._factors(self._tpot, num_slots, now_s)
+        return self._tpot.factors(num_slots, now_s)
 
     def reset(self, slot: int) -> None:
         """For a new replica in the slot: it deviates in nothing yet."""
-        self._ttft.mean[slot] = self._tpot.mean[slot] = 0.0
-
-    def _factors(self, deviations: "_Deviations", num_slots: int, now_s: float) -> FloatArray:
-        age_s = now_s - deviations.observed_at_s[:num_slots]
-        faded = deviations.mean[:num_slots] * np.exp2(-age_s / self._half_life_s)
-        factors: FloatArray = np.exp(deviations.fleet + faded)
-        return factors
+        self._ttft.set(slot, 0.0, 0.0)
+        self._tpot.set(slot, 0.0, 0.0)
 
     def _move(
         self, deviations: "_Deviations", slot: int, actual_s: float, predicted_s: float | None, now_s: float
@@ -150,19 +152,37 @@ class Residuals:
             return
         error = max(-self._limit, min(self._limit, math.log(actual_s / predicted_s)))
         deviations.fleet += self._fleet_weight * (error - deviations.fleet)
-        age_s = now_s - float(deviations.observed_at_s[slot])
-        faded = float(deviations.mean[slot]) * 0.5 ** (age_s / self._half_life_s)
-        deviations.mean[slot] = faded + self._weight * (error - deviations.fleet - faded)
-        deviations.observed_at_s[slot] = now_s
+        faded = deviations.faded(slot, now_s)
+        deviations.set(slot, faded + self._weight * (error - deviations.fleet - faded), now_s)
 
 
 class _Deviations:
-    """Means of log(actual / predicted): the fleet's, and each replica's beyond it."""
+    """Means of log(actual / predicted): the fleet's, and each replica's beyond it, which fades."""
 
-    def __init__(self, max_replicas: int) -> None:
+    def __init__(self, max_replicas: int, half_life_s: float) -> None:
         self.fleet = 0.0
-        self.mean = np.zeros(max_replicas)
-        self.observed_at_s = np.zeros(max_replicas)
+        self._half_life_s = half_life_s
+        self._mean = np.zeros(max_replicas)
+        self._observed_at_s = np.zeros(max_replicas)
+        # exp(faded deviation) as of some moment: exponentials are what a decision over hundreds of replicas
+        # would spend most on, and within `_REFRESH_S` a deviation fades by half a percent of itself.
+        self._factors = np.ones(max_replicas)
+        self._factors_at_s = -math.inf
+
+    def factors(self, num_slots: int, now_s: float) -> FloatArray:
+        if not 0 <= now_s - self._factors_at_s <= _REFRESH_S:
+            self._factors = np.exp(self._mean * np.exp2((self._observed_at_s - now_s) / self._half_life_s))
+            self._factors_at_s = now_s
+        factors: FloatArray = math.exp(self.fleet) * self._factors[:num_slots]
+        return factors
+
+    def faded(self, slot: int, now_s: float) -> float:
+        age_s = now_s - float(self._observed_at_s[slot])
+        return float(self._mean[slot]) * 0.5 ** (age_s / self._half_life_s)
+
+    def set(self, slot: int, mean: float, now_s: float) -> None:
+        self._mean[slot], self._observed_at_s[slot] = mean, now_s
+        self._factors[slot] = math.exp(mean)
 
 
 class OutputLengths:
