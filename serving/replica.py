@@ -14,6 +14,7 @@ from ray import serve
 from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
 from serving.app import create_app
+from serving.dispatch.deployment import QUIET
 from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
 from serving.settings import ServingSettings
@@ -146,4 +147,5 @@ def build_deployment(settings: ServingSettings, drain_s: float) -> serve.Deploym
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=settings.hung_after_s + _HEALTH_CHECK_MARGIN_S,
+        logging_config=QUIET,
     )

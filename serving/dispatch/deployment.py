@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +27,8 @@ from serving.dispatch.settings import INITIAL_COST, RoutingSettings, create_poli
 from serving.routing import CostEstimator, LatencyPolicy, Router
 from serving.tiers import Tier
 
+# Of the process that runs a deployment; Serve's default writes a line to a file for every request.
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _TRUNCATED = "x-body-truncated"  # "<bytes sent>/<content length>"
 _SWEEP_PERIOD_S = 1.0
 _LISTED_TIMEOUT_S = 20.0
@@ -100,6 +103,7 @@ def build_router(settings: RoutingSettings, tiers: Mapping[str, Tier], replicas:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=10.0,
+        logging_config=QUIET,
     )
     return deployment.bind(settings, dict(tiers), replicas)
 
