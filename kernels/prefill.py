@@ -4,6 +4,7 @@ A product of e4m3 operands comes without their scales; whoever reads it multipli
 value[t, n] * token_scale[t] * row_scale[n].
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +20,7 @@ from kernels.types import AttentionWeights
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 TILED_MAX = 1024.0  # far from float16's limits on both sides
+_BOUND_MAX = 32768.0
 
 Form = Literal["bf16", "fp8", "tiled"]
 """Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" float16 in the order of `tiled`."""
@@ -35,6 +37,26 @@ class Activations:
     def padded_tokens(self) -> int:
         """Of the tiled form."""
         return self.values.shape[-2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """A scale of the tiled form that all rows share, for it is known before they are.
+
+    So a row may be written by many programs, each when it has its part. float16 has 29 binades, which leaves
+    typical values, some 2^12 below a bound, all their bits.
+
+    scale: float32 [T], T the most rows there may be, all 1 / inverse, a power of two.
+    """
+
+    scale: Tensor
+    inverse: float
+
+    @classmethod
+    def of(cls, limit: float, num_rows: int, device: torch.device) -> "Bound":
+        """limit: no absolute value is larger."""
+        scale = 2.0 ** math.ceil(math.log2(max(limit, 1e-20) / _BOUND_MAX))
+        return cls(torch.full((num_rows,), scale, device=device), 1 / scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +98,10 @@ class Tokens:
     tile: int
 
 
-def quantize(x: Tensor, form: Form = "fp8") -> Activations:
-    """x [T, K] in that form; the largest value of a row becomes FP8_MAX or TILED_MAX."""
+def quantize(x: Tensor, form: Form = "fp8", bound: Bound | None = None) -> Activations:
+    """x [T, K] in that form; the largest value of a row becomes FP8_MAX or TILED_MAX, without a bound."""
+    if bound is not None:
+        return Activations(tiled((x.float() * bound.inverse).half()), bound.scale[: len(x)])
     if form == "bf16":
         return Activations(x.bfloat16())
     scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / (FP8_MAX if form == "fp8" else TILED_MAX)
@@ -88,6 +112,13 @@ def quantize(x: Tensor, form: Form = "fp8") -> Activations:
 def padded_tokens(num_tokens: int) -> int:
     """Tokens of the tiled form: eight are swizzled together."""
     return -(-num_tokens // 8) * 8
+
+
+def empty_tiled(num_tokens: int, width: int, device: torch.device) -> Tensor:
+    """Room for the tiled form: zeros behind the last column, the rest is undefined."""
+    lines = -(-width // UNIT_COLUMNS) * (UNIT_COLUMNS // 64)
+    make = torch.empty if width % UNIT_COLUMNS == 0 else torch.zeros
+    return make(lines, padded_tokens(num_tokens), 64, dtype=torch.float16, device=device)
 
 
 def tiled(values: Tensor) -> Tensor:
@@ -186,13 +217,15 @@ def attend_next(
     caches: tuple[Tensor, Tensor],
     tokens: Tokens,
     form: Form,
+    bound: Bound | None = None,
     *,
     is_shared: bool = False,
 ) -> Activations:
     """Attention of one new token for each sequence, its key and value appended: the next matrix's input.
 
-    A token of a negative position is padding, and becomes zeros. `tokens.tiles` are not read. is_shared:
-    several tokens may be of one sequence, each seeing those before it (drafts), at the cost of a launch.
+    bound: of the values, for the tiled form. A token of a negative position is padding, and becomes zeros.
+    `tokens.tiles` are not read. is_shared: several tokens may be of one sequence, each seeing those before it
+    (drafts), at the cost of a launch.
     """
     is_there = tokens.positions >= 0
     numbers = torch.arange(len(is_there), device=is_there.device)[is_there]
@@ -200,4 +233,4 @@ def attend_next(
     tiles = torch.stack([numbers, ones, tokens.rows[is_there], tokens.positions[is_there]], dim=1)
     rows = torch.where(is_there, tokens.rows, -1)
     there = replace(tokens, rows=rows, tiles=tiles, tile=1)
-    return quantize(attend(rope_and_append(qkv, w, caches, there), w, caches, there), form)
+    return quantize(attend(rope_and_append(qkv, w, caches, there), w, caches, there), form, bound)

@@ -98,7 +98,7 @@ class BatchProgram:
 
         def attend(qkv: Product, layer: Layer, form: Form) -> Activations:
             attended: Activations = self._layers.ops.attend_next(
-                qkv, layer.attention, layer.caches, tokens, form, is_shared=is_shared
+                qkv, layer.attention, layer.caches, tokens, form, layer.attended, is_shared=is_shared
             )
             return attended
 

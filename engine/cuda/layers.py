@@ -14,12 +14,13 @@ from torch import Tensor
 
 import kernels.prefill
 from engine.config import Precision
+from engine.cuda.bounds import largest_output
 from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
 from kernels import AttentionWeights, FFNWeights
 from kernels.cuda import prompt, tables
 from kernels.cuda.packing import DeviceWeight
-from kernels.prefill import FP8, Activations, Form, Product
+from kernels.prefill import FP8, Activations, Bound, Form, Product
 
 Caches = Sequence[tuple[Tensor, Tensor]]
 Pending = tuple[Product, Tensor | None, Tensor | None]
@@ -56,6 +57,10 @@ class Layer:
     o: Matrix
     gate_up: Matrix
     down: Matrix
+    attended: Bound | None
+    """Of attention's outputs, where they are tiled."""
+    gated: Bound | None
+    """Of gate times up, where one kernel computes it from both."""
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -72,8 +77,7 @@ class Layers:
         self.weights, self.ops = weights, _ops(device)
         use_fp8, is_gpu = precision == "fp8" and device.type == "cuda", device.type == "cuda"
         self._layers = [
-            Layer(a, f, c, *(_matrix(w, is_gpu, use_fp8) for w in (a.qkv, a.o, f.gate_up, f.down)))
-            for (a, f), c in zip(weights.layers, caches, strict=True)
+            _layer(a, f, c, is_gpu, use_fp8) for (a, f), c in zip(weights.layers, caches, strict=True)
         ]
         self.head = _matrix(weights.head, is_gpu, use_fp8=False)
         matrices = [m for layer in self._layers for m in layer.matrices]
@@ -104,8 +108,13 @@ class Layers:
             out = self.multiply(attended, layer.o)
             form = layer.gate_up.form(num_tokens)
             normed = ops.normalize(x, f.norm, f.eps, form, out, a.o_bias, a.post_norm)
-            both = self.multiply(normed, layer.gate_up)
-            gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.form(num_tokens))
+            if form == "tiled" == layer.down.form(num_tokens) and layer.gated is not None:
+                matrix = layer.gate_up
+                assert matrix.units is not None
+                gated = prompt.multiply_gated(matrix.weight, matrix.units, normed, f.activation, layer.gated)
+            else:
+                both = self.multiply(normed, layer.gate_up)
+                gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.form(num_tokens))
             pending = self.multiply(gated, layer.down), f.down_bias, f.post_norm
         assert pending
         return pending
@@ -159,6 +168,25 @@ def workspace_bytes(
     logits = 3 * 4 * min(num_rows, DIRECT_TOKENS) * config.vocab_size
     tokens = num_tokens * (4 * config.hidden_size + 2 * widest)
     return scratch + 4 * max(m.n for m in layers) + tokens + splits + logits
+
+
+def _layer(
+    a: AttentionWeights, f: FFNWeights, caches: tuple[Tensor, Tensor], is_gpu: bool, use_fp8: bool
+) -> Layer:
+    qkv, o, gate_up, down = (_matrix(w, is_gpu, use_fp8) for w in (a.qkv, a.o, f.gate_up, f.down))
+    attended = gated = None
+    if o.units is not None:
+        values = qkv.weight.parts[-1]  # attention's outputs are means of them
+        bias = None if a.qkv_bias is None else a.qkv_bias[-values.n :]
+        attended = Bound.of(largest_output(values, a.norm, bias), DIRECT_TOKENS, a.norm.device)
+    if (
+        gate_up.units is not None
+        and f.gate_up_bias is None
+        and prompt.can_gate(gate_up.weight, gate_up.units)
+    ):
+        gate, up = (largest_output(part, f.norm) for part in gate_up.weight.parts)
+        gated = Bound.of(gate * up, DIRECT_TOKENS, f.norm.device)
+    return Layer(a, f, caches, qkv, o, gate_up, down, attended, gated)
 
 
 def _matrix(weight: object, is_gpu: bool, use_fp8: bool) -> Matrix:

@@ -18,7 +18,7 @@ BLOCK_TOKENS = 16  # of a KV block
 HEAD_DIMS = (64, 128, 256)
 _STORE, _GATED, _ATTENTION, _PREPARE = 0, 1, 2, 3
 _PLAIN, _NORM, _PREPARED = 0, 1, 2
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _SLAB_UNITS = 16
 _UNIT_BYTES_PER_TOKEN = 548  # codes, sums and scale of 256 activations
 _ITEM_HEADS, _MIN_COLUMNS, _MAX_COLUMNS, _MAX_SPLITS, _WARPS = 8, 64, 128, 64, 8
@@ -208,7 +208,7 @@ class PhaseList:
         m = phase.matmul
         m.kind, m.source = (_GATED if gated else _STORE), (_PLAIN if norm is None else _NORM)
         m.units, m.num_segments, m.k, m.eps = weight.parts[0].units, len(weight.parts), weight.k, eps
-        m.activation = _ACTIVATIONS[activation] if activation else 0
+        m.activation = ACTIVATIONS[activation] if activation else 0
         first = 0
         for i, part in enumerate(weight.parts):
             own = None if bias is None else bias[first : first + part.n].contiguous()

@@ -3,19 +3,20 @@
 import ctypes
 import functools
 import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.cuda.build import check, library
 from kernels.cuda.packing import TILE_ROWS, DeviceWeight
-from kernels.cuda.program import num_blocks
-from kernels.cuda.tables import fp8_units, groups, stream
-from kernels.prefill import Activations, Product
+from kernels.cuda.program import ACTIVATIONS, num_blocks
+from kernels.cuda.tables import Pieces, fp8_units, groups, stream
+from kernels.prefill import Activations, Bound, Product, empty_tiled
 
 MAX_SPLITS = 8
 _TILES = (16, 32, 64, 128)  # of tokens, that a block may take
-_NARROW = 16  # a tile of which blocks may have any number of rows up to 128
+_NARROW, _NARROW_ROWS = 16, 128  # a tile of which blocks may have fewer rows
 _PAIRED_TOKENS = 64  # two blocks of 128 rows share a multiprocessor up to this tile, else one
 _MIN_WIDE_BLOCKS = 100  # of 256 rows
 _MIN_UNITS = 2  # of a part of K
@@ -34,6 +35,12 @@ def units_of(weight: DeviceWeight) -> tuple[float, ...]:
     return tuple(u if p.format.kind == "affine" else 1.0 for p, u in zip(weight.parts, units, strict=True))
 
 
+def can_gate(weight: DeviceWeight, units: tuple[float, ...]) -> bool:
+    """Whether gate and up are alike, so that one kernel takes both."""
+    own = weight.parts
+    return len(own) == 2 and own[0].n % TILE_ROWS == 0 and len(list(groups(weight, units))) == 1
+
+
 def multiply(
     weight: DeviceWeight, units: tuple[float, ...], x: Activations, out: Tensor | None = None
 ) -> Product:
@@ -44,58 +51,105 @@ def multiply(
     """
     assert x.scale is not None
     num_tokens, n, num_units = len(x.scale), weight.n, weight.parts[0].units
-    tile, rows, splits = plan(num_tokens, n, num_units)
+    cut = plan(num_tokens, n, num_units)
     if out is not None:
-        splits = 1
-    is_wide = out is not None or splits > 1
+        cut = replace(cut, splits=1)
+    is_wide = out is not None or cut.splits > 1
     if out is None:
         shape, dtype = (
-            ((num_tokens, n), torch.bfloat16) if splits == 1 else ((splits, num_tokens, n), torch.float32)
+            ((num_tokens, n), torch.bfloat16)
+            if cut.splits == 1
+            else ((cut.splits, num_tokens, n), torch.float32)
         )
         out = torch.empty(shape, dtype=dtype, device=x.values.device)
-    pointer = ctypes.c_void_p
     for pieces, unit in groups(weight, units):
-        check(
-            library().peregrine_prompt(
-                ctypes.byref(pieces),
-                num_units,
-                num_tokens,
-                x.padded_tokens,
-                tile,
-                rows,
-                n,
-                splits,
-                int(is_wide),
-                pointer(x.values.data_ptr()),
-                pointer(x.scale.data_ptr()),
-                pointer(out.data_ptr()),
-                ctypes.c_float(unit),
-                stream(),
-            )
-        )
+        _launch(pieces, unit, num_units, x, cut, n, out, is_wide=is_wide)
     return Product(out)
 
 
-def plan(num_tokens: int, n: int, num_units: int) -> tuple[int, int, int]:
-    """Tokens and rows of a block, and parts of K, none of them empty.
+def multiply_gated(
+    weight: DeviceWeight, units: tuple[float, ...], x: Activations, activation: str, bound: Bound
+) -> Activations:
+    """act(gate) * up of x times both matrices, which `can_gate`: the next product's input.
+
+    bound: of the values. activation: "silu" or "gelu_tanh".
+    """
+    assert x.scale is not None
+    num_tokens, n, num_units = len(x.scale), weight.parts[0].n, weight.parts[0].units
+    cut = plan(num_tokens, 2 * n, num_units, is_gated=True)
+    out = empty_tiled(num_tokens, n, x.values.device)
+    ((pieces, unit),) = groups(weight, units)
+    _launch(pieces, unit, num_units, x, cut, n, out, activation=activation, out_factor=bound.inverse)
+    return Activations(out, bound.scale[:num_tokens])
+
+
+def _launch(
+    pieces: Pieces,
+    unit: float,
+    num_units: int,
+    x: Activations,
+    cut: "Cut",
+    n: int,
+    out: Tensor,
+    *,
+    is_wide: bool = False,
+    activation: str | None = None,
+    out_factor: float = 1.0,
+) -> None:
+    assert x.scale is not None
+    pointer = ctypes.c_void_p
+    check(
+        library().peregrine_prompt(
+            ctypes.byref(pieces),
+            num_units,
+            len(x.scale),
+            x.padded_tokens,
+            cut.tile,
+            cut.rows,
+            n,
+            cut.splits,
+            int(is_wide),
+            pointer(x.values.data_ptr()),
+            pointer(x.scale.data_ptr()),
+            pointer(out.data_ptr()),
+            ctypes.c_float(unit),
+            int(activation is not None),
+            0 if activation is None else ACTIVATIONS[activation],
+            ctypes.c_float(out_factor),
+            stream(),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Tokens and rows of a block, and parts of K, none of them empty."""
+
+    tile: int
+    rows: int
+    splits: int
+
+
+def plan(num_tokens: int, n: int, num_units: int, *, is_gated: bool = False) -> Cut:
+    """How a product is cut into blocks. is_gated: K is in one part.
 
     By measurements on an H100 (docs/benchmarks/kernel-notes.md): as many blocks as run at once. 256 rows need
     fewer activations from L2 for each weight, which counts where the tensor cores are busiest.
     """
     tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
-    most = max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
+    most = 1 if is_gated else max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
     if tile == _NARROW:
-        return tile, *_narrow_plan(n, num_units, most)
+        return Cut(tile, *_narrow_plan(n, num_units, most, 2 * TILE_ROWS if is_gated else TILE_ROWS))
     tiles, slots = -(-num_tokens // tile), num_blocks() * (2 if tile <= _PAIRED_TOKENS else 1)
     is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
     rows = 256 if is_wide else 128
     splits = min(most, max(1, slots // (tiles * -(-n // rows))))
-    return tile, rows, -(-num_units // -(-num_units // splits))
+    return Cut(tile, rows, _even(num_units, splits))
 
 
 @functools.cache
-def _narrow_plan(n: int, num_units: int, most: int) -> tuple[int, int]:
-    """Rows of a block and parts of K that keep two blocks on every multiprocessor equally busy."""
+def _narrow_plan(n: int, num_units: int, most: int, step: int) -> tuple[int, int]:
+    """Rows of a block, a multiple of `step`, and parts of K: two blocks a multiprocessor, equally busy."""
     slots = 2 * num_blocks()
 
     def cost(rows: int, splits: int) -> tuple[int, int]:
@@ -103,6 +157,11 @@ def _narrow_plan(n: int, num_units: int, most: int) -> tuple[int, int]:
         waves = -(-(-(-n // rows) * splits) // slots)
         return waves * (units * (rows // TILE_ROWS + _ACTIVATIONS) + _START), splits
 
-    sizes = itertools.product(range(128, 48, -TILE_ROWS), range(1, most + 1))
+    sizes = itertools.product(range(_NARROW_ROWS, 48, -step), range(1, most + 1))
     rows, splits = min(sizes, key=lambda size: cost(*size))
-    return rows, -(-num_units // -(-num_units // splits))
+    return rows, _even(num_units, splits)
+
+
+def _even(num_units: int, splits: int) -> int:
+    """At most so many parts, as even as they can be."""
+    return -(-num_units // -(-num_units // splits))

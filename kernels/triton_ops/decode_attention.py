@@ -2,9 +2,12 @@
 
 A program takes a sequence, a KV head with its query heads (GQA packed: they are rows of one product), and a
 part of the context (split-KV, Dao et al. 2023). It rotates its queries itself; the first part's program also
-rotates the new key, appends it with the value, and begins with them. The second kernel merges the parts.
+rotates the new key, appends it with the value, and begins with them. Which program of a
+sequence and head is the last one to end merges their parts, always in the same order.
 """
 # mypy: disable-error-code="no-untyped-def"
+
+import functools
 
 import torch
 import triton
@@ -12,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_cache import is_fp8
-from kernels.prefill import BLOCK_TOKENS, Activations, Form, Product, Tokens
+from kernels.prefill import BLOCK_TOKENS, Activations, Bound, Form, Product, Tokens, empty_tiled
 from kernels.triton_ops import kv_cache
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.kv_cache import exponent_of, power, scale_to_codes
 from kernels.triton_ops.prefill_append import rope_and_append
-from kernels.triton_ops.rows import FORMS, load_product, outputs, row_shape, store_activations
+from kernels.triton_ops.rows import FORMS, load_product, tiled_place
 from kernels.types import AttentionWeights
 
 _FP8_OPERANDS = tl.bfloat16
@@ -25,6 +28,7 @@ _LOG2_E = 1.4426950408889634
 _KEYS = {64: 64, 128: 64, 256: 32}  # of a step, by head_dim
 _PROGRAMS = 1024  # as many run at once on an H100
 _MAX_SPLITS = 16
+_MAX_COUNTERS = 1 << 16
 _LONG, _SHORT = 256, 64  # keys of a part at least, with and without enough programs for all multiprocessors
 
 
@@ -89,6 +93,33 @@ def rotated(
 
 
 @triton.jit
+def merged(
+    parts_ptr, lse_ptr, token, head, is_row, at_dim, count, num_heads, ROWS: tl.constexpr, DIM: tl.constexpr
+):
+    """The mean [ROWS, DIM] of all parts, in their order, past the cache that does not know of the others'."""
+    largest = tl.full((ROWS, 1), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, 1), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+    for part in range(count):
+        head_at = (part * tl.num_programs(0) + token) * num_heads + head
+        lse = tl.load(lse_ptr + head_at, is_row, other=0.0, cache_modifier=".cg")
+        new_largest = tl.maximum(largest, lse)
+        shrink, share = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
+        mean = tl.load(parts_ptr + head_at * DIM + at_dim, is_row, other=0.0, cache_modifier=".cg")
+        total = total * shrink + share
+        acc = acc * shrink + share * mean
+        largest = new_largest
+    return acc / total
+
+
+@triton.jit
+def store_head(out_ptr, value, token, at, mask, inverse, padded, width, FORM: tl.constexpr):
+    """Columns `at` of a token's row of the next matrix's input."""
+    to = tiled_place(token, at, padded) if FORM == 2 else token * width + at
+    tl.store(out_ptr + to, (value * inverse).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
 def attend_part(
     qkv_ptr,  # a product [T, (heads + 2 kv_heads) * dim]
     token_scale_ptr,
@@ -107,6 +138,10 @@ def attend_part(
     v_exponent_ptr,
     parts_ptr,  # float32 [parts, T, heads, dim], written: a part's weighted mean of the values
     lse_ptr,  # float32 [parts, T, heads], written: base-2 logarithm of its sum
+    counters_ptr,  # int32 [T, kv_heads]: parts that are through, zero before and after
+    out_ptr,  # [T, heads * dim] in the form, written
+    inverse,
+    padded,
     eps,
     scale,
     window,
@@ -129,6 +164,7 @@ def attend_part(
     IS_FP8: tl.constexpr,
     FP8_OPERANDS: tl.constexpr,  # what codes are multiplied as
     APPENDS: tl.constexpr,  # else a kernel before has appended the new keys
+    FORM: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     wait_for_kernel_before(IS_EARLY)
@@ -230,56 +266,30 @@ def attend_part(
                 probs *= power(tl.load(v_exponent_ptr + at_exponent, is_key, other=0))[None, :]
             acc = tl.dot(probs.to(DTYPE), values.to(DTYPE), acc * shrink[:, None])
             largest = new_largest
-        head_at = (part * tl.num_programs(0) + token) * num_heads + kv_head * GROUP + at_row
+        mean = acc / total[:, None]
+        head = kv_head * GROUP + at_row
         is_row = at_row < GROUP
-        tl.store(parts_ptr + head_at * DIM + at_dim, acc / total[:, None], is_row)
-        tl.store(lse_ptr + head_at, (largest + tl.log2(total))[:, None], is_row)
-
-
-@triton.jit
-def merge_parts(
-    parts_ptr,
-    lse_ptr,
-    positions_ptr,
-    out_ptr,  # [T, heads * dim] in the form, written
-    scale_ptr,  # float32 [T], written
-    padded,
-    window,
-    width,
-    DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    APPENDS: tl.constexpr,
-    FORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IS_EARLY: tl.constexpr,
-):
-    wait_for_kernel_before(IS_EARLY)
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
-    position = tl.load(positions_ptr + token)
-    end = position if APPENDS else position + 1
-    _, _, count = parts_of(
-        tl.maximum(position, 0), tl.maximum(end, 0), window, MIN_KEYS, MAX_PARTS, KEYS, HAS_WINDOW
-    )
-    count = tl.where(position >= 0, count, 0)  # padding becomes zeros
-    heads = width // DIM
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    value = tl.zeros((BLOCK,), tl.float32)
-    for part in range(count):
-        row = part * tl.num_programs(0) + token
-        lse = tl.load(lse_ptr + row * heads + at // DIM, mask, other=0.0)
-        new_largest = tl.maximum(largest, lse)
-        shrink, share = tl.exp2(largest - new_largest), tl.exp2(lse - new_largest)
-        total = total * shrink + share
-        value = value * shrink + share * tl.load(parts_ptr + row * width + at, mask, other=0.0)
-        largest = new_largest
-    value = tl.where(mask, value / tl.where(total > 0.0, total, 1.0), 0.0)
-    store_activations(value, token, at, width, out_ptr, scale_ptr, padded, FORM)
+        is_last = count == 1
+        if count > 1:
+            head_at = (part * tl.num_programs(0) + token) * num_heads + head
+            tl.store(parts_ptr + head_at * DIM + at_dim, mean, is_row)
+            tl.store(lse_ptr + head_at, (largest + tl.log2(total))[:, None], is_row)
+            tl.debug_barrier()  # all of it is written before it is told
+            counter = counters_ptr + token * num_kv_heads + kv_head
+            is_last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+            if is_last:
+                tl.store(counter, 0)
+                mean = merged(parts_ptr, lse_ptr, token, head, is_row, at_dim, count, num_heads, ROWS, DIM)
+        if is_last:
+            store_head(
+                out_ptr, mean, token, head * DIM + at_dim, is_row, inverse, padded, num_heads * DIM, FORM
+            )
+    elif (position < 0) & (part == 0):
+        at_row, at_dim = tl.arange(0, ROWS)[:, None], tl.arange(0, DIM)[None, :]
+        zeros = tl.zeros((ROWS, DIM), tl.float32)
+        at = (kv_head * GROUP + at_row) * DIM + at_dim
+        width = num_kv_heads * GROUP * DIM
+        store_head(out_ptr, zeros, token, at, at_row < GROUP, inverse, padded, width, FORM)
 
 
 def attend_next(
@@ -288,15 +298,18 @@ def attend_next(
     caches: tuple[Tensor, Tensor],
     tokens: Tokens,
     form: Form,
+    bound: Bound | None = None,
     *,
     is_shared: bool = False,
 ) -> Activations:
-    """See `kernels.prefill.attend_next`."""
+    """See `kernels.prefill.attend_next`; "bf16", or "tiled" with a bound."""
+    assert form == "bf16" or (form == "tiled" and bound is not None)
     if is_shared:
         rope_and_append(qkv, w, caches, tokens)
     num_tokens, device, width = qkv.values.shape[-2], qkv.values.device, w.num_heads * w.head_dim
     group = w.num_heads // w.num_kv_heads
     programs = num_tokens * w.num_kv_heads
+    assert programs <= _MAX_COUNTERS
     parts = max(2, min(_MAX_SPLITS, _PROGRAMS // programs))
     sizes = {
         "DIM": w.head_dim,
@@ -308,6 +321,10 @@ def attend_next(
     }
     means = torch.empty(parts, num_tokens, w.num_heads, w.head_dim, device=device)
     lse = torch.empty(parts, num_tokens, w.num_heads, device=device)
+    if bound is None:
+        out = Activations(torch.empty(num_tokens, width, dtype=torch.bfloat16, device=device))
+    else:
+        out = Activations(empty_tiled(num_tokens, width, device), bound.scale[:num_tokens])
     attend_part[(num_tokens, w.num_kv_heads, parts)](
         qkv.values,
         qkv.token_scale,
@@ -323,6 +340,10 @@ def attend_next(
         *kv_cache.operands(caches),
         means,
         lse,
+        _counters(device),
+        out.values,
+        1.0 if bound is None else bound.inverse,
+        0 if bound is None else out.padded_tokens,
         w.eps,
         w.scale * _LOG2_E,
         w.window or 0,
@@ -339,26 +360,15 @@ def attend_next(
         HAS_K_NORM=w.k_norm is not None,
         IS_FP8=is_fp8(caches[0]),
         FP8_OPERANDS=_FP8_OPERANDS,
+        FORM=FORMS[form],
         num_warps=4,
         num_stages=2,
         **sizes,
         **early(device),
     )
-    out = outputs(num_tokens, width, form, device)
-    block, warps = row_shape(width)
-    merge_parts[(num_tokens,)](
-        means,
-        lse,
-        tokens.positions,
-        out.values,
-        out.scale,
-        out.padded_tokens,
-        w.window or 0,
-        width,
-        FORM=FORMS[form],
-        BLOCK=block,
-        num_warps=warps,
-        **sizes,
-        **early(device),
-    )
     return out
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)

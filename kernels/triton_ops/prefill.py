@@ -144,7 +144,7 @@ def quantize(x: Tensor, form: Form) -> Activations:
         return Activations(x)
     num_tokens, width = x.shape
     out = outputs(num_tokens, width, form, x.device)
-    block, warps = row_shape(width)
+    block, warps = row_shape(width, num_tokens)
     quantize_rows[(num_tokens,)](
         x,
         out.values,
@@ -183,7 +183,7 @@ def gate(gate_up: Product, bias: Tensor | None, activation: str, form: Form) -> 
     """See `kernels.prefill.gate`."""
     num_tokens, width = gate_up.values.shape[-2:]
     out = outputs(num_tokens, width // 2, form, gate_up.values.device)
-    block, warps = row_shape(width // 2)
+    block, warps = row_shape(width // 2, num_tokens)
     gate_rows[(num_tokens,)](
         *_operands(gate_up, bias),
         out.values,
@@ -212,7 +212,7 @@ def _normalize(
     bias: Tensor | None,
     post_norm: Tensor | None,
 ) -> None:
-    block, warps = row_shape(x.shape[1])
+    block, warps = row_shape(x.shape[1], len(x))
     normalize_rows[(len(x),)](
         x,
         *((None,) * 4 if out is None else _operands(out, bias)),

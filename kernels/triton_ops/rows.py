@@ -5,11 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.prefill import FP8, FP8_MAX, TILED_MAX, UNIT_COLUMNS, Activations, Form, padded_tokens
+from kernels.prefill import FP8, FP8_MAX, TILED_MAX, UNIT_COLUMNS, Activations, Form, empty_tiled
 
 _UNIT = tl.constexpr(UNIT_COLUMNS)
 _FP8_MAX, _TILED_MAX = tl.constexpr(FP8_MAX), tl.constexpr(TILED_MAX)
 _VALUES_PER_WARP = 512  # of a row in registers: 16 floats a lane
+_FEW_ROWS = 64
 FORMS = {"bf16": 0, "fp8": 1, "tiled": 2}
 
 
@@ -39,6 +40,14 @@ def load_product(
 
 
 @triton.jit
+def tiled_place(row, at, padded):
+    """Of column `at` in the tiled form (`kernels.prefill.tiled`)."""
+    place = (at & -32) | ((at >> 2 & 1) << 4) | ((at & 1) << 3) | ((at >> 3 & 3) << 1) | (at >> 1 & 1)
+    piece = (place >> 3 & 7) ^ (row & 7)
+    return ((place >> 6) * padded + row) * 64 + piece * 8 + (place & 7)
+
+
+@triton.jit
 def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
     """A whole row of a matrix's input; value is zero from `width` on. FORM: see FORMS."""
     if FORM > 0:
@@ -47,9 +56,7 @@ def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: t
         tl.store(scale_ptr + row, largest / LIMIT)
         value *= LIMIT / largest
     if FORM == 2:
-        place = (at & -32) | ((at >> 2 & 1) << 4) | ((at & 1) << 3) | ((at >> 3 & 3) << 1) | (at >> 1 & 1)
-        piece = (place >> 3 & 7) ^ (row & 7)
-        to = ((place >> 6) * padded + row) * 64 + piece * 8 + (place & 7)
+        to = tiled_place(row, at, padded)
         mask = at < (width + _UNIT - 1) // _UNIT * _UNIT
     else:
         to = row * width + at
@@ -63,11 +70,14 @@ def outputs(num_tokens: int, width: int, form: Form, device: torch.device) -> Ac
     scale = torch.empty(num_tokens, device=device)
     if form == "fp8":
         return Activations(torch.empty(num_tokens, width, dtype=FP8, device=device), scale)
-    shape = triton.cdiv(width, UNIT_COLUMNS) * (UNIT_COLUMNS // 64), padded_tokens(num_tokens), 64
-    return Activations(torch.empty(shape, dtype=torch.float16, device=device), scale)
+    return Activations(empty_tiled(num_tokens, width, device), scale)
 
 
-def row_shape(width: int) -> tuple[int, int]:
-    """Columns and warps of a program that holds a row."""
+def row_shape(width: int, num_rows: int) -> tuple[int, int]:
+    """Columns and warps of a program that holds a row.
+
+    With few rows a program takes more warps, so that more of a row is asked for at once.
+    """
     block = max(UNIT_COLUMNS, triton.next_power_of_2(width))
-    return block, max(4, min(32, block // _VALUES_PER_WARP))
+    values = _VALUES_PER_WARP if num_rows > _FEW_ROWS else _VALUES_PER_WARP // 4
+    return block, max(4, min(32, block // values))

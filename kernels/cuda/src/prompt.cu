@@ -42,6 +42,10 @@ struct Prompt {
   const float* token_scale;  // [tokens]
   void* out;                 // bfloat16 [tokens, n], or (is_wide) float32 [splits, tokens, n]
   float unit, inverse_unit;
+  // The product of two pieces, act(gate) * up: then `out` is the next product's x, of n columns, and holds the values times
+  // `out_factor`.
+  int32_t is_gated, activation;
+  float out_factor;
 };
 
 __device__ __forceinline__ void consumers_wait(int tiles) {
@@ -65,20 +69,27 @@ __device__ __forceinline__ Place place_of_tile(const Pieces& pieces, int tile) {
   return {nullptr, 0};
 }
 
+// A warp's tile; of a gated product the first half of the warps take gate's, the others the same ones of up.
+__device__ __forceinline__ Place place_of_warp(const Prompt& p, int warp) {
+  if (!p.is_gated) return place_of_tile(p.pieces, blockIdx.y * p.tiles + warp);
+  const int half = p.tiles / 2, tile = blockIdx.y * half + (warp < half ? warp : warp - half);
+  const Segment& matrix = p.pieces.segments[warp < half ? 0 : 1];
+  return {tile < matrix.num_tiles ? &matrix : nullptr, tile};
+}
+
 __device__ void stream_weights(const Prompt& p, const Ring& ring, int begin, int end, int lane) {
   const int unit_bytes = p.pieces.segments[0].unit_bytes;
-  const Place place = place_of_tile(p.pieces, blockIdx.y * p.tiles + min(lane, p.tiles - 1));
+  const Place place = place_of_warp(p, min(lane, p.tiles - 1));
   const bool has_tile = lane < p.tiles && place.matrix != nullptr;
   const uint8_t* data = nullptr;
   if (has_tile) data = place.matrix->data + static_cast<int64_t>(place.tile) * p.units * unit_bytes;
   const int bytes = __popc(__ballot_sync(~0u, has_tile)) * unit_bytes;
   Turn turn, landing;
+  int landed = 0;
   for (int u = begin; u < end; ++u, turn.next(ring)) {
-    // What is asked for beyond memory's pace queues up before the activations, and before the kernel before.
-    if (u - begin >= kInFlight) {
-      landing.wait_full(ring);
-      landing.next(ring);
-    }
+    // What is asked for beyond memory's pace queues up before the activations; at first, before what the kernels before read.
+    const int most = u - begin < ring.stages ? 1 : kInFlight;
+    for (; landed < u - begin + 1 - most; ++landed, landing.next(ring)) landing.wait_full(ring);
     if (lane == 0) {
       turn.wait_empty(ring);
       mbarrier_arrive_expect(&ring.full[turn.stage], bytes);
@@ -103,38 +114,17 @@ __device__ void stream_activations(const Prompt& p, const Ring& ring, int begin,
   }
 }
 
-template <class F, int kTiles, int kTokens>
-__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, uint8_t* shared, int count, int warp,
-                        int lane) {
-  const int at = warp * p.pieces.segments[0].unit_bytes;
-  const __half2 inverse_unit = __float2half2_rn(p.inverse_unit);
-  float acc[kTokens / 2] = {};
-  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F, kTokens>(weights, x, count, at, p.padded, inverse_unit, lane, acc);
-  else accumulate_wgmma<F, kTokens>(weights, x, count, at, inverse_unit, lane, acc);
-  wait_for_kernel_before();
-  consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
-  float* const results = reinterpret_cast<float*>(shared);
-  const int rows = kTileRows * p.tiles, stride = rows + kPadding;
-  const Place place = place_of_tile(p.pieces, blockIdx.y * p.tiles + warp);
-#pragma unroll
-  for (int r8 = 0; r8 < 2; ++r8) {
-    const int row = lane / 4 + 8 * r8;
-    const float scale = place.matrix ? place.matrix->row_factor[place.tile * kTileRows + row] * p.unit : 0;
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        results[(8 * j + 2 * (lane % 4) + e) * stride + warp * kTileRows + row] = acc[4 * j + 2 * r8 + e] * scale;
-  }
-  consumers_wait(p.tiles);
+// Writes a block's results [tokens][stride], still without their tokens' scales.
+__device__ void store_product(const Prompt& p, const float* results, int stride, int first_token, int num_tokens, int warp,
+                              int lane) {
+  const int rows = kTileRows * p.tiles;
   const int parts = (rows + 127) / 128;  // of a token's results, one for a warp
   const Segment& last = p.pieces.segments[p.pieces.count - 1];
   const int at_row = warp % parts * 128 + 4 * lane, column = p.pieces.first_rows[0] + blockIdx.y * rows + at_row;
   const int num_columns = min(4, p.pieces.first_rows[p.pieces.count - 1] + last.n - column);
   if (num_columns <= 0 || at_row >= rows) return;
-  for (int t = warp / parts; t < kTokens; t += p.tiles / parts) {
-    const int token = blockIdx.x * kTokens + t;
-    if (token >= p.tokens) break;
+  for (int t = warp / parts; t < num_tokens; t += p.tiles / parts) {
+    const int token = first_token + t;
     float4 v = *reinterpret_cast<const float4*>(results + t * stride + at_row);
     const float scale = p.token_scale[token];
     v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
@@ -154,6 +144,57 @@ __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, uin
       *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(p.out) + to) = *reinterpret_cast<const uint2*>(pairs);
     }
   }
+}
+
+__device__ void store_gated(const Prompt& p, const float* results, int stride, int first_token, int num_tokens, int warp,
+                            int lane) {
+  const int half = kTileRows * p.tiles / 2;
+  for (int t = warp; t < num_tokens; t += p.tiles) {
+    const int token = first_token + t;
+    const float scale = p.token_scale[token];
+    const float *gate = results + t * stride, *up = gate + half;
+    for (int i = lane; i < half / 2; i += 32) {
+      const int c = i / 2 * 4 + i % 2, column = blockIdx.y * half + c;  // and c + 2: neighbours in the order of fragments
+      if (column >= p.n) break;
+      float v[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        v[j] = activate(gate[c + 2 * j] * scale, p.activation) * (up[c + 2 * j] * scale) * p.out_factor;
+      const int place = (column & 32) + (column >> 2 & 1) * 16 + (column & 1) * 8 + (column >> 3 & 3) * 2;
+      const int64_t line = static_cast<int64_t>(column / 64) * p.padded + token;
+      __half* const to = static_cast<__half*>(p.out) + line * 64 + ((place >> 3 ^ token & 7) << 3 | place & 7);
+      *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0], v[1]);
+    }
+  }
+}
+
+template <class F, int kTiles, int kTokens>
+__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, uint8_t* shared, int count, int warp,
+                        int lane) {
+  const int at = warp * p.pieces.segments[0].unit_bytes;
+  const __half2 inverse_unit = __float2half2_rn(p.inverse_unit);
+  float acc[kTokens / 2] = {};
+  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F, kTokens>(weights, x, count, at, p.padded, inverse_unit, lane, acc);
+  else accumulate_wgmma<F, kTokens>(weights, x, count, at, inverse_unit, lane, acc);
+  wait_for_kernel_before();
+  consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
+  float* const results = reinterpret_cast<float*>(shared);
+  const int rows = kTileRows * p.tiles, stride = rows + kPadding;
+  const Place place = place_of_warp(p, warp);
+#pragma unroll
+  for (int r8 = 0; r8 < 2; ++r8) {
+    const int row = lane / 4 + 8 * r8;
+    const float scale = place.matrix ? place.matrix->row_factor[place.tile * kTileRows + row] * p.unit : 0;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        results[(8 * j + 2 * (lane % 4) + e) * stride + warp * kTileRows + row] = acc[4 * j + 2 * r8 + e] * scale;
+  }
+  consumers_wait(p.tiles);
+  const int first_token = blockIdx.x * kTokens, num_tokens = min(kTokens, p.tokens - first_token);
+  if (!p.is_gated) store_product(p, results, stride, first_token, num_tokens, warp, lane);
+  else store_gated(p, results, stride, first_token, num_tokens, warp, lane);
 }
 
 template <class F, int kTiles, int kTokens>
@@ -226,16 +267,18 @@ cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
 }  // namespace
 
 // padded: tokens of x, a multiple of 8. tile: tokens of a block (16, 32, 64 or 128); rows: of a block, 128 or 256, or for tiles
-// of 16, which take all tokens, any multiple of 16 up to 128. No split is empty.
+// of 16, which take all tokens, any multiple of 16 up to 128. No split is empty. Gated: one split, two
+// pieces of n rows, of both of which a block has as many.
 extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int padded, int tile, int rows, int n,
                                 int splits, int is_wide, const void* x, const float* token_scale, void* out, float unit,
-                                void* stream) {
+                                int is_gated, int activation, float out_factor, void* stream) {
   const Prompt p{*pieces, units, (units + splits - 1) / splits, tokens, padded, n, 0, 0, is_wide, rows / kTileRows,
-                 static_cast<const uint8_t*>(x), token_scale, out, unit, 1 / unit};
+                 static_cast<const uint8_t*>(x), token_scale, out, unit, 1 / unit,
+                 is_gated, activation, out_factor};
   cudaError_t error = cudaErrorInvalidValue;
   if ((splits - 1) * p.units_per_split >= units) return error;
   const bool fits = tile == 16 ? padded <= 16 && rows % kTileRows == 0 && rows > 0 && rows <= 128 : rows == 128 || rows == 256;
-  if (!fits) return error;
+  if (!fits || (is_gated && (splits > 1 || pieces->count != 2 || rows % 32 != 0))) return error;
   with_format(pieces->segments[0].format, [&](auto f) {
     using F = decltype(f);
     const auto s = static_cast<cudaStream_t>(stream);

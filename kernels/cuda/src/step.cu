@@ -515,12 +515,6 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
   }
 }
 
-__device__ __forceinline__ float activate(float gate, int activation) {
-  if (activation == kSilu) return gate / (1.0f + __expf(-gate));
-  const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
-  return gate / (1.0f + __expf(-2.0f * inner));  // gelu's tanh form: x / 2 * (1 + tanh(inner))
-}
-
 // Row factors of all tiles that this block takes in a phase: on their way before anybody asks for them.
 __device__ void fetch_factors(const MatmulPhase& phase, const Plan& plan, float* factors, int lane) {
   const int parts = phase.kind == kGated ? 2 : 1;

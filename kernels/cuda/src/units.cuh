@@ -382,3 +382,9 @@ __host__ __device__ __forceinline__ bool with_format(int format, Fn fn) {
     default: return false;
   }
 }
+
+__device__ __forceinline__ float activate(float gate, int activation) {
+  if (activation == kSilu) return gate / (1.0f + __expf(-gate));
+  const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + __expf(-2.0f * inner));  // gelu's tanh form: x / 2 * (1 + tanh(inner))
+}
