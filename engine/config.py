@@ -36,7 +36,7 @@ class EngineConfig:
         step_target_s: what a step with running streams should take: as many sequences run, and prompt chunks
             beside them are as large, as this allows by measured durations. Infinite: no such limit. None: no
             limit on the CPU; on a GPU 9 ms, or two decode steps where these are longer, for chunks alone, and
-            they grow all the same where more than a second's work of prompts waits.
+            they grow all the same where prompts would wait for more than half a second.
         enable_prefix_caching: reuse blocks of equal prompt prefixes.
         speculative_tokens: most tokens drafted for one request in a step (what followed its last tokens when
             they occurred before) and verified together; outputs are the same with and without. It is a

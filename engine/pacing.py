@@ -13,8 +13,8 @@ _MIN_TOKENS = 16  # prompts go on, however slow a step is
 # stays below 10 ms, which is what p99 of the streams' token intervals should be.
 _GPU_TARGET_S = 0.009
 _MIN_DECODES = 2.0  # decode steps that a step may last by default: larger models have longer ones
-_JOINT_STRETCH = 1.3  # at first: the decodes' attention, and sampling
-_DRAIN_S = 1.0  # within so long a backlog of prompts is computed, by default, whatever it costs the streams
+_JOINT_EXTRA = 0.3  # of a chunk's time: what decodes are taken to add to it, before it is known
+_DRAIN_S = 0.5  # within so long a backlog of prompts is computed, by default, whatever it costs the streams
 
 JointTest = Callable[[int, int], bool]
 
@@ -25,7 +25,7 @@ class StepPacer:
 
     t_chunk is `profile`, where there is one, times how much longer steps took than it says (their context,
     the host); else in proportion to the tokens. Joint steps, whose decodes are tokens of the chunk, take
-    t_chunk(decodes + tokens), with a stretch of their own.
+    profile(decodes + tokens) and an average of what comes to it, whatever the tokens: the decodes' attention.
 
     Args:
         target_s: what a step with running streams should take; None sets no limits.
@@ -42,7 +42,7 @@ class StepPacer:
     _num_decodes: float = field(default=0.0)  # that it is of
     _rate: float | None = field(default=None)  # prompt tokens a second
     _stretch: float = field(default=1.0)  # of the profile
-    _joint_stretch: float = field(default=_JOINT_STRETCH)
+    _joint_extra_s: float | None = field(default=None)
 
     @classmethod
     def for_device(
@@ -71,7 +71,7 @@ class StepPacer:
             return
         if self.is_joint(num_decodes, num_prompt_tokens):
             alone_s = self._profiled_s(num_decodes + num_prompt_tokens)
-            self._joint_stretch = _average(self._joint_stretch, seconds / alone_s)
+            self._joint_extra_s = _average(self._joint_extra_s, max(seconds - alone_s, 0.05 * alone_s))
         else:
             self._stretch = _average(self._stretch, cost / self._profiled_s(num_prompt_tokens))
 
@@ -110,7 +110,8 @@ class StepPacer:
         if not self.profile:
             return (self._decode_s or 0.0) + (num_tokens / self._rate if self._rate else 0.0)
         if self.is_joint(num_decodes, num_tokens):
-            return self._joint_stretch * self._profiled_s(num_decodes + num_tokens)
+            alone_s = self._profiled_s(num_decodes + num_tokens)
+            return alone_s + (_JOINT_EXTRA * alone_s if self._joint_extra_s is None else self._joint_extra_s)
         return (self._decode_s or 0.0) + self._stretch * self._profiled_s(num_tokens)
 
     def _profiled_s(self, num_tokens: int) -> float:
