@@ -252,7 +252,7 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_a_request_gets_its_tokens_in_any_batch_of_lanes(model_dir, device, name, monkeypatch):
-    monkeypatch.setattr(batch, "_MIN_ROWS", 1000)
+    monkeypatch.setattr(batch, "MIN_ROWS", 1000)
     given = requests(3, SAMPLINGS[name], longest=40)
     alone = {}
     for request_id, one in given.items():
