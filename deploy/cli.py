@@ -327,6 +327,25 @@ def bench_sensitivity(
     report.publish(rows, "Sensitivity analysis", json_path)
 
 
+@bench.command("kv-cache")
+def bench_kv_cache(
+    model: Annotated[str, typer.Argument(help="Default model's name, a directory or a GGUF file.")],
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of held-out text.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 512,
+    json_path: JsonPath = None,
+) -> None:
+    """What a KV cache of 8 bits costs: KL, best token and perplexity against bfloat16."""
+    from deploy.bench import kv_cache, report
+    from deploy.models import ModelNotFoundError, resolve_model
+    from engine.errors import EngineError
+
+    try:
+        rows = kv_cache.run(resolve_model(model), windows, length)
+    except (EngineError, ModelNotFoundError) as error:
+        raise fail(str(error)) from None
+    report.publish(rows, "KV cache", json_path)
+
+
 @bench.command("kernels")
 def bench_kernels(
     json_path: JsonPath = None,

@@ -23,6 +23,7 @@ from engine.quality.divergence import compare
 from engine.quality.text import heldout_documents, token_windows
 from kernels.cuda import tables
 from kernels.cuda.program import BLOCK_TOKENS
+from kernels.kv_cache import KVFormat, allocate
 from kernels.reference import rms_norm
 
 _WINDOWS, _LENGTH = 16, 512
@@ -35,10 +36,10 @@ def measure(model: Path) -> dict[str, float]:
     weights = load_weights(checkpoint, _LENGTH, device)
     tokens = token_windows(checkpoint.load_tokenizer(), heldout_documents(), _WINDOWS, _LENGTH)
     head = tables.dequantize(weights.head, torch.float32)
-    reference = _normed_states(weights, checkpoint.config, tokens, "bf16", _LENGTH)
+    reference = normed_states(weights, checkpoint.config, tokens, "bf16", _LENGTH)
     row: dict[str, float] = {}
     for name, precision, length in (("fp8", "fp8", _LENGTH), ("packed", "bf16", DIRECT_TOKENS)):
-        states = _normed_states(weights, checkpoint.config, tokens, precision, length)  # type: ignore[arg-type]
+        states = normed_states(weights, checkpoint.config, tokens, precision, length)  # type: ignore[arg-type]
         d = compare(reference, head, states, head, tokens.to(device))
         row[f"kl_{name}"] = float(d.kl.mean())
         row[f"same_top_1_{name}"] = float(d.agrees.float().mean())
@@ -47,20 +48,19 @@ def measure(model: Path) -> dict[str, float]:
     return row
 
 
-def _normed_states(
-    weights: DeviceWeights, config: ModelConfig, tokens: Tensor, precision: Precision, chunk: int
+def normed_states(
+    weights: DeviceWeights,
+    config: ModelConfig,
+    tokens: Tensor,
+    precision: Precision,
+    chunk: int,
+    kv_format: KVFormat = "bf16",
 ) -> Tensor:
     """float32 [windows, tokens, hidden], each window a prompt, computed in chunks."""
     device = weights.final_norm.device
     num_blocks = -(-tokens.shape[1] // BLOCK_TOKENS)
-    shape = (num_blocks, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
-    caches = [
-        (
-            torch.zeros(shape, dtype=torch.bfloat16, device=device),
-            torch.zeros(shape, dtype=torch.bfloat16, device=device),
-        )
-        for _ in weights.layers
-    ]
+    of_cache = num_blocks, config.num_kv_heads, config.head_dim, kv_format, device
+    caches = [(allocate(*of_cache), allocate(*of_cache)) for _ in weights.layers]
     table = torch.arange(num_blocks, dtype=torch.int32, device=device).unsqueeze(0)
     prefill = Prefill(Layers(weights, caches, device, precision), config, table, device)
     normed = []
