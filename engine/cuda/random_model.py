@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.hf_directory import load_tokenizer
 from engine.cuda.weights import DeviceWeights, Layer
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig
@@ -49,6 +48,8 @@ class RandomModel:
     def load_tokenizer(self) -> Any:
         if self.directory is None:
             raise ModelLoadError("a random model has no tokenizer")
+        from engine.checkpoint.hf_directory import load_tokenizer  # safetensors: benchmarks do without
+
         return load_tokenizer(self.directory)
 
     def device_weights(self, max_model_len: int, device: torch.device) -> DeviceWeights:

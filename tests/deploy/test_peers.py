@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -15,7 +16,8 @@ from deploy.bench.peers import Cases, best_figures, compare, measure, together
 from engine.checkpoint import open_checkpoint
 from engine.errors import ModelLoadError
 from engine.models.shapes import SHAPES
-from tests.engine.helpers import make_core
+from tests.engine.emulated_cuda import emulate
+from tests.engine.helpers import greedy, make_core, run_all
 
 
 def timeline(start: float, step: float, num_chunks: int, tokens_per_chunk: int = 1) -> Timeline:
@@ -139,6 +141,16 @@ def test_the_folder_is_the_shape_for_us_and_for_transformers(tmp_path, weights):
         assert len(tokenizer) == 32768
         assert tokenizer.decode([1000, 32767]) == " t742 t32509"
         assert tokenizer.decode(tokenizer("é t7 x")["input_ids"]) == "é t7 x"
+
+
+def test_the_folder_is_served_with_random_weights(tmp_path, monkeypatch):
+    emulate(monkeypatch)
+    shape = replace(SHAPES["8b"], num_layers=2, hidden_size=256, intermediate_size=256, vocab_size=512)
+    shape = replace(shape, num_heads=4, num_kv_heads=2, head_dim=64)
+    write_folder(tmp_path, shape, "w4", 4.25)
+    core = make_core(tmp_path, dtype="auto", num_blocks=16)
+    assert core.model.weight_format == "random"
+    assert len(run_all(core, {"a": (list(range(40)), greedy(5))})["a"]) == 5
 
 
 def test_random_weights_are_not_made_on_a_cpu(tmp_path):
