@@ -11,6 +11,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.speculation import Drafter, DraftPolicy
+from engine.urgency import MAX_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class Scheduler:
 
     Requests without a deadline come after those with one, in order of arrival; so do equals. Running prefills
     and waiting requests take turns together, so that an urgent prompt does not wait behind the rest of a
-    long one. Among waiting requests nothing overtakes: one that finds no room holds up those behind it.
+    long one. A waiting request that finds no room holds up those behind it, but for more important ones (of
+    a smaller priority number): the room that these may take from others is no room for it.
 
     A request that finds no room for its next tokens preempts the youngest running request of the largest
     priority number; it gives up its blocks and computes its tokens again later (most of them usually come
@@ -174,8 +176,9 @@ class Scheduler:
 
         budget = self.pacer.max_prompt_tokens(len(scheduled), budget, self.num_waiting_tokens)
         prefills = sorted((r for r in self.running if not r.is_decoding), key=_turn)
-        # Who gave way a moment ago would take the room back.
-        may_start = not preempted
+        # Only requests of a smaller number start: who gave way a moment ago would take the room back, and who
+        # found none waits for it.
+        ceiling = self._least_priority(preempted)
         for request in list(heapq.merge(prefills, self.waiting, key=_turn)):
             if budget == 0:
                 break
@@ -184,11 +187,13 @@ class Scheduler:
                 if self._make_room(request, num_tokens, preempted):
                     scheduled.append(ScheduledRequest(request, request.num_computed_tokens, num_tokens))
                     budget -= num_tokens
-                may_start = may_start and not preempted
-            elif may_start:
+                ceiling = min(ceiling, self._least_priority(preempted))
+            elif request.urgency.priority < ceiling:
                 part = self._try_to_start(request, budget, preempted)
-                may_start = part is not None and not preempted
-                if part is not None:
+                ceiling = min(ceiling, self._least_priority(preempted))
+                if part is None:
+                    ceiling = min(ceiling, request.urgency.priority)
+                else:
                     scheduled.append(part)
                     budget -= part.num_scheduled_tokens
         if preempted:
@@ -362,6 +367,9 @@ class Scheduler:
         self._preempt(victim)
         preempted.append(victim.request_id)
         return victim
+
+    def _least_priority(self, request_ids: Sequence[str]) -> int:
+        return min((self.requests[i].urgency.priority for i in request_ids), default=MAX_PRIORITY + 1)
 
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=_turn)

@@ -76,6 +76,31 @@ def test_a_full_batch_makes_a_place_for_the_urgent():
     assert (plan(output), output.preempted_ids) == ({"a": 1, "c": 1}, ("b",))
 
 
+def test_who_finds_no_room_holds_up_no_more_important_one():
+    scheduler = make_scheduler(max_num_seqs=2)
+    for name in "ab":
+        add(scheduler, name, 1, priority=2)
+    step(scheduler)
+    add(scheduler, "c", 1, deadline=1.0, priority=2)
+    add(scheduler, "d", 1, deadline=2.0, priority=2)
+    add(scheduler, "e", 1, deadline=3.0, priority=0)
+    output = scheduler.schedule()
+    assert (plan(output), output.preempted_ids) == ({"a": 1, "e": 1}, ("b",))
+    assert [r.request_id for r in scheduler.waiting] == ["c", "d", "b"]
+
+
+def test_several_urgent_ones_start_in_one_step():
+    scheduler = make_scheduler(max_num_seqs=3)
+    for name in "abc":
+        add(scheduler, name, 1, priority=3)
+    step(scheduler)
+    add(scheduler, "d", 1, deadline=1.0, priority=0)
+    add(scheduler, "e", 1, deadline=2.0, priority=1)
+    add(scheduler, "f", 1, deadline=3.0, priority=3)  # the room of those who gave way is not for it
+    output = scheduler.schedule()
+    assert (plan(output), set(output.preempted_ids)) == ({"a": 1, "d": 1, "e": 1}, {"b", "c"})
+
+
 def test_the_important_are_preempted_last_whatever_their_age():
     scheduler = make_scheduler(num_blocks=4, enable_prefix_caching=False)
     old = add(scheduler, "a", 4, priority=3)
