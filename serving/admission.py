@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from engine import MAX_PRIORITY, Urgency
 from monitoring import Recorder
 from serving.autoscaling import Attainment
 from serving.errors import overloaded
@@ -18,25 +20,45 @@ T = TypeVar("T")
 _WEIGHT = 0.2  # of a new error
 _DEVIATIONS = 3.0
 _HALF_LIFE_S = 2.0  # of an error that nothing confirms
+_LAST = Urgency(math.inf, MAX_PRIORITY)  # behind everything
 
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    deadline: float
+    urgency: Urgency
     num_tokens: int
     since: float
     predicted_s: float
 
 
 @dataclass(slots=True)
+class _Error:
+    """Of forecasts: moving mean and mean deviation."""
+
+    mean_s: float = 0.0
+    deviation_s: float = 0.0
+    observed_at: float = 0.0
+
+    def observe(self, error_s: float, now: float) -> None:
+        self.deviation_s += _WEIGHT * (abs(error_s - self.mean_s) - self.deviation_s)
+        self.mean_s += _WEIGHT * (error_s - self.mean_s)
+        self.observed_at = now
+
+    def allowance_s(self, now: float) -> float:
+        memory: float = 0.5 ** ((now - self.observed_at) / _HALF_LIFE_S)
+        return memory * (self.mean_s + _DEVIATIONS * self.deviation_s)
+
+
+@dataclass(slots=True)
 class Admission:
     """Counts the requests of one replica, and foresees when a prompt would have its first token.
 
-    The forecast: prompt tokens that are due no later, the own ones included, over the rate at which the
-    engine computes prompts. What it leaves out (the step that runs, the streams beside it) shows as its
-    error, whose mean and mean deviation are followed; a deadline is expected to be kept when forecast,
-    mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988). Errors are forgotten with
-    time: who refuses everything learns nothing. Nothing is refused before there is a rate.
+    The forecast: prompt tokens that are due no later and no less important, the own ones included, over the
+    rate at which the engine computes prompts. What it leaves out (the step that runs, the streams beside it)
+    shows as its error, whose mean and mean deviation are followed; a deadline is expected to be kept when
+    forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988). Each priority has
+    its own errors: where places run out, the important take them from others, who wait. Errors are forgotten
+    with time: who refuses everything learns nothing. Nothing is refused before there is a rate.
     """
 
     settings: ServingSettings
@@ -46,9 +68,7 @@ class Admission:
     tokens_per_s: float = 0.0  # the engine's
     attainment: Attainment = field(default_factory=Attainment)
     _pending: dict[int, _Pending] = field(default_factory=dict)
-    _error_s: float = 0.0
-    _error_deviation_s: float = 0.0
-    _error_time: float = 0.0
+    _errors: defaultdict[int, _Error] = field(default_factory=lambda: defaultdict(_Error))  # by priority
 
     @contextmanager
     def place(self, service: Service) -> Iterator[None]:
@@ -56,7 +76,7 @@ class Admission:
         limit = max(1, int(self.settings.max_inflight_requests * service.max_load))
         if self.num_inflight >= limit:
             self.recorder.record_refusal("inflight")
-            wait_s = math.ceil(self.predicted_ttft_s(math.inf, 0))
+            wait_s = math.ceil(self.predicted_ttft_s(_LAST, 0))
             raise overloaded(
                 f"{self.num_inflight} requests are in flight already, the limit of tier "
                 f"'{service.tier}' is {limit}; retry later.",
@@ -68,22 +88,25 @@ class Admission:
         finally:
             self.num_inflight -= 1
 
-    def predicted_ttft_s(self, deadline: float, num_tokens: int) -> float:
-        """Seconds from now to the first token of a prompt that is due then; 0 while the rate is unknown."""
+    def predicted_ttft_s(self, urgency: Urgency, num_tokens: int) -> float:
+        """Seconds from now to the first token of a prompt so urgent; 0 while the rate is unknown."""
         if not self.tokens_per_s:
             return 0.0
-        ahead = sum(p.num_tokens for p in self._pending.values() if p.deadline <= deadline)
+        ahead = sum(
+            p.num_tokens
+            for p in self._pending.values()
+            if p.urgency.deadline <= urgency.deadline and p.urgency.priority <= urgency.priority
+        )
         return (ahead + num_tokens) / self.tokens_per_s
 
     def check_deadline(self, service: Service, num_tokens: int) -> None:
         """Raises ApiError 429 for a request that asked not to be answered late, and would be."""
         if not service.refuses_late:
             return
-        predicted = self.predicted_ttft_s(service.urgency.deadline, num_tokens)
+        predicted = self.predicted_ttft_s(service.urgency, num_tokens)
         if predicted > 0:
-            memory = 0.5 ** ((self.clock() - self._error_time) / _HALF_LIFE_S)
-            error_s = self._error_s + _DEVIATIONS * self._error_deviation_s
-            predicted = max(0.0, predicted + memory * error_s)
+            allowance_s = self._errors[service.urgency.priority].allowance_s(self.clock())
+            predicted = max(0.0, predicted + allowance_s)
         late_s = self.clock() + predicted - service.urgency.deadline
         if late_s > 0:
             self.recorder.record_refusal("deadline")
@@ -98,9 +121,9 @@ class Admission:
         self, outputs: AsyncGenerator[T, None], service: Service, num_tokens: int
     ) -> AsyncGenerator[T, None]:
         """The same outputs; what waits for its first one counts in the forecasts of others."""
-        key, now, deadline = id(outputs), self.clock(), service.urgency.deadline
-        predicted_s = self.predicted_ttft_s(deadline, num_tokens)
-        self._pending[key] = _Pending(deadline, num_tokens, now, predicted_s)
+        key, now, urgency = id(outputs), self.clock(), service.urgency
+        predicted_s = self.predicted_ttft_s(urgency, num_tokens)
+        self._pending[key] = _Pending(urgency, num_tokens, now, predicted_s)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -114,8 +137,7 @@ class Admission:
         now, begun = self.clock(), self._pending.pop(key)
         if begun.predicted_s > 0 and service.refuses_late:
             # Of those alone that jump the queue: others wait for whoever comes after them, too.
-            error_s, self._error_time = now - begun.since - begun.predicted_s, now
-            self._error_deviation_s += _WEIGHT * (abs(error_s - self._error_s) - self._error_deviation_s)
-            self._error_s += _WEIGHT * (error_s - self._error_s)
+            error_s = now - begun.since - begun.predicted_s
+            self._errors[service.urgency.priority].observe(error_s, now)
         self.attainment.add(now <= service.urgency.deadline, now)
         self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)

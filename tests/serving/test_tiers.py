@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from engine import ParameterError
+from engine import ParameterError, Urgency
 from monitoring import Recorder
 from serving.admission import Admission
 from serving.errors import ApiError
@@ -44,7 +44,7 @@ def test_names_of_openai_have_their_tier(name, tier):
 
 def test_the_header_sets_a_deadline_of_its_own():
     chosen = choose_service(TIERS, "batch", {"x-slo-ttft-ms": "250"}, 10.0)
-    assert (chosen.tier, chosen.urgency.deadline, chosen.urgency.priority) == ("batch", 10.25, 3)
+    assert (chosen.tier, chosen.urgency.deadline, chosen.urgency.priority) == ("batch", 10.25, 4)
     assert chosen.refuses_late
 
 
@@ -94,12 +94,17 @@ async def _start(admission: Admission, gate: asyncio.Event, tier: str, num_token
 
 async def test_forecasts_count_what_is_due_no_later():
     admission, gate = make_admission(), asyncio.Event()
-    assert admission.predicted_ttft_s(math.inf, 10**6) == 0  # nothing is known yet
+    assert admission.predicted_ttft_s(Urgency(math.inf, 9), 10**6) == 0  # nothing is known yet
     admission.tokens_per_s = 1000.0
     waiting = [await _start(admission, gate, t, n) for t, n in (("batch", 5000), ("voice", 100))]
     arrival = admission.clock.now
-    assert admission.predicted_ttft_s(arrival + 0.2, 50) == pytest.approx(0.15)  # batch is due later
-    assert admission.predicted_ttft_s(arrival + 500, 50) == pytest.approx(5.15)
+    assert admission.predicted_ttft_s(Urgency(arrival + 0.2, 0), 50) == pytest.approx(
+        0.15
+    )  # batch is due later
+    assert admission.predicted_ttft_s(Urgency(arrival + 500, 4), 50) == pytest.approx(5.15)
+    assert admission.predicted_ttft_s(Urgency(arrival + 500, 2), 50) == pytest.approx(
+        0.15
+    )  # and less important
     admission.check_deadline(service("voice", arrival), 50)
     with pytest.raises(ApiError, match="may take 1100 ms") as caught:
         admission.check_deadline(service("voice", arrival), 1000)
@@ -109,7 +114,7 @@ async def test_forecasts_count_what_is_due_no_later():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await stream.aclose()
-    assert admission.predicted_ttft_s(arrival + 500, 0) == 0
+    assert admission.predicted_ttft_s(Urgency(arrival + 500, 9), 0) == 0
 
 
 async def test_forecasts_learn_from_their_errors():
@@ -129,6 +134,22 @@ async def test_forecasts_learn_from_their_errors():
         admission.check_deadline(service("voice", 100.11), 120)
     admission.clock.now += 10.0  # refused requests teach nothing: after a while one is tried again
     admission.check_deadline(service("voice", 110.11), 120)
+
+
+async def test_the_errors_of_those_who_wait_for_a_place_are_not_those_of_who_takes_one():
+    admission = make_admission()
+    admission.tokens_per_s = 1000.0
+    for _ in range(10):
+        gate = asyncio.Event()
+        admission.clock.now = 100.0
+        stream, task = await _start(admission, gate, "agent", 10)
+        admission.clock.now += 0.4
+        gate.set()
+        await task
+        await stream.aclose()
+    with pytest.raises(ApiError, match="may take"):
+        admission.check_deadline(service("agent", 100.4), 120)
+    admission.check_deadline(service("voice", 100.4), 120)
 
 
 async def test_kept_and_missed_deadlines_are_counted():
