@@ -27,6 +27,7 @@ HANG = "<hang>"
 BYTES_PER_TOKEN = 4
 CHUNK_TOKENS = 512
 NUM_BLOCKS = 13_000
+MAX_MODEL_LEN = 100_000
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,12 @@ class Speed:
     per_active_s: float = 0.0005
     prefill_token_s: float = 0.0002
 
+    def step_s(self, num_decodes: int, num_prompt_tokens: int) -> float:
+        return self.base_s + self.per_active_s * num_decodes + self.prefill_token_s * num_prompt_tokens
+
 
 @dataclass(eq=False)
-class _Sequence:
+class TimedSequence:
     prompt_tokens: int
     max_tokens: int
     arrival: float
@@ -55,7 +59,7 @@ class TimedEngine:
 
     name: str
     speed: Speed
-    _sequences: list[_Sequence] = field(default_factory=list)
+    _sequences: list[TimedSequence] = field(default_factory=list)
     _timings: list[RequestTimings] = field(default_factory=list)
     _is_hung: bool = False
     _steps: int = 0
@@ -69,7 +73,7 @@ class TimedEngine:
 
     @property
     def model(self) -> ModelInfo:
-        return ModelInfo(self.name, "double", 0, 100_000, 256, 0, "none")
+        return ModelInfo(self.name, "double", 0, MAX_MODEL_LEN, 256, 0, "none")
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if HANG in text:
@@ -93,11 +97,10 @@ class TimedEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         num_prompt = len(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        sequence = _Sequence(
+        sequence = TimedSequence(
             num_prompt, params.max_tokens or 16, arrival, asyncio.Queue(), request_id, num_prompt
         )
-        self._sequences.append(sequence)
-        self._wake.set()
+        self._enter(sequence, prompt_token_ids, params, urgency)
         try:
             while True:
                 output = await sequence.queue.get()
@@ -107,11 +110,11 @@ class TimedEngine:
                 if output.finish_reason is not None:
                     return
         finally:
-            with contextlib.suppress(ValueError):
-                self._sequences.remove(sequence)
+            self._leave(sequence)
 
     async def abort(self, request_id: str) -> None:
-        self._sequences = [s for s in self._sequences if s.request_id != request_id]
+        for sequence in [s for s in self._sequences if s.request_id == request_id]:
+            self._leave(sequence)
 
     def stats(self) -> EngineStats:
         running = [s for s in self._sequences if s.remaining_prefill == 0]
@@ -145,6 +148,17 @@ class TimedEngine:
         for sequence in self._sequences:
             sequence.queue.put_nowait(EngineDeadError("shut down"))
 
+    def _enter(
+        self, sequence: TimedSequence, token_ids: Sequence[int], params: SamplingParams, urgency: Urgency
+    ) -> None:
+        self._sequences.append(sequence)
+        self._wake.set()
+
+    def _leave(self, sequence: TimedSequence) -> None:
+        """Whatever its end; more than once is no harm."""
+        with contextlib.suppress(ValueError):
+            self._sequences.remove(sequence)
+
     async def _run(self) -> None:
         due = time.monotonic()
         while True:
@@ -161,9 +175,7 @@ class TimedEngine:
                     chunk = min(budget, sequence.remaining_prefill)
                     budget -= chunk
                     prefilled.append((sequence, chunk))
-            speed = self.speed
-            step_s = speed.base_s + speed.per_active_s * len(decoding)
-            step_s += speed.prefill_token_s * (CHUNK_TOKENS - budget)
+            step_s = self.speed.step_s(len(decoding), CHUNK_TOKENS - budget)
             # The next step is due when this one was, not when this machine's scheduler got to it.
             due = max(due, time.monotonic() - step_s) + step_s
             await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -177,7 +189,7 @@ class TimedEngine:
             for sequence in decoding:
                 self._emit(sequence)
 
-    def _emit(self, sequence: _Sequence) -> None:
+    def _emit(self, sequence: TimedSequence) -> None:
         if sequence not in self._sequences:
             return
         sequence.produced += 1

@@ -191,6 +191,7 @@ def _row(trace: str, policy: str, number: int, load: float, results: Sequence[An
         "ttft_ms_p99": round(percentile(ttfts, 0.99) * 1e3, 1),
         "failures": sum(r[1] for r in results),
         "decision_us_p50": round(percentile(decisions, 0.5), 1),
+        "decision_us_p95": round(percentile(decisions, 0.95), 1),
         "decision_us_p99": round(percentile(decisions, 0.99), 1),
     }
 

@@ -30,6 +30,7 @@ MODEL = "double"
 _REPLACED_TIMEOUT_S = 60.0
 _SCALED_TIMEOUT_S = 120.0
 _SETTLE_S = 3.0
+_REQUESTS_A_TIME = 1_000
 _LONG_STREAM_TOKENS = 1_600  # 40 s or more at the double's 20 ms a step
 
 
@@ -211,6 +212,18 @@ async def scale(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dic
     return rows
 
 
+async def aborts(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
+    """Nothing happens to the cluster: a thousand requests each time, for the ledger at the end."""
+    rows = []
+    for number in range(times):
+        begin = time.monotonic()
+        limit_s = 3 * _REQUESTS_A_TIME / load.rate
+        await until(lambda n=number: len(load.streams) >= (n + 1) * _REQUESTS_A_TIME, limit_s, "requests")
+        rows.append({"requests": len(load.streams), "seconds": round(time.monotonic() - begin, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 async def autoscale(config: PeregrineConfig, load: OpenLoop, times: int) -> list[dict[str, Any]]:
     """Ten times the load, and back: the number of replicas follows by itself."""
     rows: list[dict[str, Any]] = []
@@ -233,6 +246,7 @@ class Scenario:
 
 
 SCENARIOS = {
+    "aborts": Scenario(aborts, {"replicas": 4}),
     "autoscale": Scenario(
         autoscale,
         {

@@ -1,56 +1,86 @@
-"""`python -m tests.load.policies`: the routing policies on a live cluster of the engine double, one locust
-run each, the same arrivals.
+"""`python -m tests.load.policies`: the routing policies on a live cluster, one locust run each, the same
+arrivals: four replicas of the engine double, or with `--engine real` two of the configured model.
 
 TTFT is that of the short requests alone: what the long ones take to compute is not the router's doing.
 """
 
 import argparse
-import signal
-import subprocess
-import sys
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 # locust patches the standard library for gevent: it comes before whatever opens sockets.
 from tests.load.run import drive
 
+import requests  # isort: skip
+
 from deploy.bench import report  # isort: skip
 
+from serving.dispatch.headers import PEREGRINE_ROUTE
+from tests.load.own_cluster import running
 from tests.load.scenarios import Arrival, Kind, Scenario, arrivals
 from tests.load.streaming_user import Outcome
 
 POLICIES = ("latency", "round_robin", "least_requests", "power_of_two", "none")
 SHORT = Kind("default", 0.98, 30, 24, 5.0)
 LONG = Kind("default", 0.02, 6000, 24, 60.0)  # about 10,000 tokens, 2 s of the double's time
-TRACES = {"long prompts": (SHORT, LONG), "one at half speed": (SHORT,)}
-_START_TIMEOUT_S = 120
-_STOP_TIMEOUT_S = 120
+_ROUTED_TIMEOUT_S = 60
 
 
-def measure(policy: str, trace: str, todo: list[Arrival], port: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.load.double_cluster", "--policy", policy, "--port", str(port)]
-    if trace == "one at half speed":
-        command.append("--slow-first")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as cluster:
-        try:
-            assert cluster.stdout is not None
-            for line in cluster.stdout:
-                if line.startswith("ready"):
-                    break
-            _, outcomes = drive(f"http://127.0.0.1:{port}", "double", todo)
-        finally:
-            cluster.send_signal(signal.SIGTERM)
-            cluster.wait(_STOP_TIMEOUT_S)
-    return row(policy, trace, todo, outcomes)
+@dataclass(frozen=True)
+class Trace:
+    kinds: tuple[Kind, ...]
+    engine: str  # of tests.load.own_cluster
+    replicas: int
+    rate: float  # requests a second
 
 
-def row(policy: str, trace: str, todo: list[Arrival], outcomes: list[Outcome]) -> dict[str, Any]:
+TRACES = {
+    "timed": {
+        "long prompts": Trace((SHORT, LONG), "timed", 4, 12.0),
+        "one at half speed": Trace((SHORT,), "slow-first", 4, 12.0),
+    },
+    # On a core each: a short request takes about 0.3 s, one of 1,200 words some seconds.
+    "real": {
+        "uniform": Trace((Kind("default", 1.0, 30, 24, 5.0),), "real", 2, 3.0),
+        "long prompts": Trace((SHORT, Kind("default", 0.04, 1200, 24, 60.0)), "real", 2, 2.0),
+    },
+}
+
+
+def measure(policy: str, name: str, trace: Trace, todo: list[Arrival], port: int) -> dict[str, Any]:
+    options = ("--policy", policy, "--engine", trace.engine, "--replicas", str(trace.replicas))
+    with running(*options, port=port) as url:
+        model = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
+        wait_until_routed(url, model, is_routed=policy != "none")
+        _, outcomes = drive(url, model, todo)
+    return row(policy, name, trace, todo, outcomes)
+
+
+def wait_until_routed(url: str, model: str, *, is_routed: bool) -> None:
+    """A proxy that has just been started hears of its routers a little later than of the replicas."""
+    body = {"model": model, "prompt": "Hi", "max_tokens": 1}
+    deadline = time.monotonic() + _ROUTED_TIMEOUT_S
+    while True:
+        answer = requests.post(f"{url}/v1/completions", json=body, timeout=30)
+        if answer.status_code == 200 and (PEREGRINE_ROUTE in answer.headers) == is_routed:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the proxy asks no router: {answer.status_code}")
+        time.sleep(0.2)
+
+
+def row(policy: str, name: str, trace: Trace, todo: list[Arrival], outcomes: list[Outcome]) -> dict[str, Any]:
     # The first fifth teaches the router what the replicas are like.
     late = [o for a, o in zip(todo, outcomes, strict=True) if a.due_s > todo[-1].due_s / 5]
-    ttft = sorted(1e3 * o.token_s[0] for o in late if o.kind is SHORT and o.token_s)
+    ttft = sorted(1e3 * o.token_s[0] for o in late if o.kind is trace.kinds[0] and o.token_s)
     return {
-        "trace": trace,
+        "engine": trace.engine,
+        "replicas": trace.replicas,
+        "trace": name,
         "policy": policy,
+        "rate": trace.rate,
         "requests": len(todo),
         "failed": sum(o.error is not None for o in outcomes),
         "refused": sum(o.status == 429 for o in outcomes),
@@ -63,18 +93,23 @@ def row(policy: str, trace: str, todo: list[Arrival], outcomes: list[Outcome]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--rate", type=float, default=12.0, help="requests a second")
+    parser.add_argument("--engine", choices=list(TRACES), default="timed")
+    parser.add_argument("--rate", type=float, help="requests a second; by trace if not given")
     parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--traces", default=",".join(TRACES))
+    parser.add_argument("--traces", help="comma-separated; all of them if not given")
     parser.add_argument("--port", type=int, default=18_430)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
-    for trace in options.traces.split(","):
-        scenario = Scenario(((options.seconds, 1.0),), TRACES[trace])
-        todo = list(arrivals(scenario, options.rate, seed=1))
+    traces = TRACES[options.engine]
+    for name in options.traces.split(",") if options.traces else traces:
+        trace = traces[name]
+        if options.rate:
+            trace = replace(trace, rate=options.rate)
+        scenario = Scenario(((options.seconds, 1.0),), trace.kinds)
+        todo = list(arrivals(scenario, trace.rate, seed=1))
         for policy in options.policies.split(","):
-            rows.append(measure(policy, trace, todo, options.port))
+            rows.append(measure(policy, name, trace, todo, options.port))
             print(rows[-1], flush=True)
     report.publish(rows, "Routing policies, live", options.json)
 

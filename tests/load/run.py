@@ -1,4 +1,5 @@
-"""`python -m tests.load.run SCENARIO --url URL`: one scenario against a running server.
+"""`python -m tests.load.run SCENARIO --url URL`: one scenario against a running server, or with
+`--engine scheduled|real` against a cluster of its own (tests.load.own_cluster).
 
 The capacity is measured first: what the server completes a second of a like mix when requests come faster.
 """
@@ -19,6 +20,8 @@ from locust.stats import stats_history
 from rich.console import Console
 from rich.table import Table
 
+from deploy.bench import report
+from tests.load.own_cluster import running
 from tests.load.scenarios import SCENARIOS, Arrival, Kind, Scenario, arrivals
 from tests.load.streaming_user import Outcome, StreamingUser
 
@@ -29,24 +32,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenario", choices=sorted(SCENARIOS))
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--engine", choices=("scheduled", "real"), help="a cluster of its own, with this")
+    parser.add_argument("--replicas", default="4")
+    parser.add_argument("--max-num-seqs", default="8", help="of each replica")
+    parser.add_argument("--port", type=int, default=18_431)
     parser.add_argument("--capacity", type=float, help="requests a second; measured if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html", type=Path)
     options = parser.parse_args()
-    model = requests.get(f"{options.url}/v1/models", timeout=30).json()["data"][0]["id"]
+    if options.engine is None:
+        run(options.url, options)
+        return
+    own = ("--engine", options.engine, "--replicas", options.replicas, "--max-num-seqs", options.max_num_seqs)
+    with running(*own, port=options.port) as url:
+        run(url, options)
+
+
+def run(url: str, options: argparse.Namespace) -> None:
+    model = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
     scenario = SCENARIOS[options.scenario]
-    capacity = options.capacity or measure_capacity(options.url, model, scenario)
+    capacity = options.capacity or measure_capacity(url, model, scenario)
     print(f"capacity: {capacity:.1f} requests/s")
     todo = list(arrivals(scenario, capacity, options.seed))
-    environment, outcomes = drive(options.url, model, todo)
+    environment, outcomes = drive(url, model, todo)
     rows = summarise(outcomes)
     _show(options.scenario, rows)
     if options.html:
         options.html.write_text(get_html_report(environment, show_download_link=False))
     if options.json:
-        result = {"scenario": options.scenario, "capacity_rps": round(capacity, 2), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        found = {"scenario": options.scenario, "capacity_rps": round(capacity, 2), "rows": rows}
+        options.json.write_text(json.dumps({**report.circumstances(), **found}, indent=1) + "\n")
 
 
 def drive(url: str, model: str, todo: list[Arrival]) -> tuple[Environment, list[Outcome]]:
@@ -83,13 +99,16 @@ def measure_capacity(url: str, model: str, scenario: Scenario) -> float:
 
 
 def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """One row a tier: counts, percentiles of TTFT in ms, share of the admitted that kept their deadlines."""
+    """One row a tier: counts, percentiles of TTFT in ms, and of the admitted, which share had its first token
+    in time, counted at the replica and here, and which kept all of its deadlines.
+    """
     rows = []
     for tier in dict.fromkeys(o.kind.tier for o in outcomes):
         own = [o for o in outcomes if o.kind.tier == tier]
         status = Counter(o.status for o in own)
         admitted = [o for o in own if o.status == 200 and not o.is_aborted]
         ttft = sorted(o.token_s[0] * 1e3 for o in admitted if o.token_s)
+        at_replica = [o.ttft_at_replica_s for o in admitted if o.ttft_at_replica_s is not None]
         refused = [o for o in own if o.status == 429]
         rows.append(
             {
@@ -102,6 +121,14 @@ def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
                 "lost": sum(o.status == 200 and not (o.is_complete or o.is_aborted) for o in own),
                 "ttft_ms_p50": round(ttft[len(ttft) // 2], 1) if ttft else None,
                 "ttft_ms_p99": round(ttft[int(len(ttft) * 0.99)], 1) if ttft else None,
+                "in_time_at_replica": round(
+                    sum(t <= own[0].kind.deadline_s for t in at_replica) / len(at_replica), 4
+                )
+                if at_replica
+                else None,
+                "in_time": round(sum(o.is_in_time for o in admitted) / len(admitted), 4)
+                if admitted
+                else None,
                 "kept": round(sum(o.kept for o in admitted) / len(admitted), 4) if admitted else None,
             }
         )

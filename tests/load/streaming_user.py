@@ -5,6 +5,7 @@ omission). TTFT, ITL, TPOT and end to end become locust's own entries, by tier.
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,9 +16,11 @@ from locust import HttpUser, task
 from locust.clients import ResponseContextManager
 from locust.env import Environment
 
+from serving.dispatch.headers import PEREGRINE_ROUTE
 from tests.load.scenarios import Arrival, Kind
 
 REQUEST_TIMEOUT_S = 300.0
+_ACTUAL_TTFT = re.compile(r"actual-ttft-ms=([0-9.]+)")
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Outcome:
     kind: Kind
     status: int = 0
     retry_after: str | None = None
+    ttft_at_replica_s: float | None = None
+    """As `x-peregrine-route` says."""
     token_s: list[float] = field(default_factory=list)
     end_s: float = 0.0
     is_complete: bool = False
@@ -34,10 +39,14 @@ class Outcome:
     error: str | None = None
 
     @property
+    def is_in_time(self) -> bool:
+        """Its first token, where it was admitted."""
+        return bool(self.token_s) and self.token_s[0] <= self.kind.deadline_s
+
+    @property
     def kept(self) -> bool:
-        """Within its deadlines, where it was admitted."""
-        in_time = bool(self.token_s) and self.token_s[0] <= self.kind.deadline_s
-        return in_time and (self.kind.total_s is None or self.end_s <= self.kind.total_s)
+        """All of its deadlines, where it was admitted."""
+        return self.is_in_time and (self.kind.total_s is None or self.end_s <= self.kind.total_s)
 
 
 class StreamingUser(HttpUser):
@@ -81,6 +90,8 @@ class StreamingUser(HttpUser):
             ) as response:
                 outcome.status = response.status_code
                 outcome.retry_after = response.headers.get("Retry-After")
+                if actual := _ACTUAL_TTFT.search(response.headers.get(PEREGRINE_ROUTE, "")):
+                    outcome.ttft_at_replica_s = float(actual[1]) / 1e3
                 if response.status_code == 200:
                     self._read(response, arrival, due, outcome)
                 elif response.status_code != 429:
