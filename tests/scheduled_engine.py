@@ -15,8 +15,8 @@ from engine.scheduler import Scheduler, SchedulerOutput
 from tests.timed_engine import CHUNK_TOKENS, MAX_MODEL_LEN, NUM_BLOCKS, Speed, TimedEngine, TimedSequence
 
 _ANY_TOKEN = 1
-# About a fifth of an H100's: the tiers' deadlines are those of such a machine.
-_SPEED = Speed(base_s=0.01, per_active_s=0.0005, prefill_token_s=0.0001)
+# About an eighth of an H100's: slow enough for two cores to play four of it, fast enough for the tiers.
+_SPEED = Speed(base_s=0.015, per_active_s=0.0005, prefill_token_s=0.0001)
 
 
 class ScheduledEngine(TimedEngine):
