@@ -31,6 +31,8 @@ from kernels.kv_cache import KVFormat
 from kernels.sampling import Mode
 
 _HOPPER = (9, 0)
+# Of the cache in the fused kernel. It has a form for "fp8" (src/step_fp8.cu) that has not run on a GPU yet.
+_FUSED_FORMATS: tuple[KVFormat, ...] = ("bf16",)
 
 # Decodes that are computed with the chunks of a step of few tokens, in one pass over the weights, where there
 # are enough of them to be a large batch. Their attention is then a prompt's, a program for every head, and
@@ -84,8 +86,8 @@ class CudaModelRunner:
             shape.vocab_size,
             self.device,
         )
-        # The fused kernel reads bfloat16 alone: other decodes are large batches, however few rows they have.
-        is_fused = kv_format == "bf16"
+        # Decodes over another cache are large batches, however few rows they have.
+        is_fused = kv_format in _FUSED_FORMATS
         self.decode = DecodeProgram(weights, shape, caches if is_fused else None, self.rows, self.device)
         layers = Layers(weights, caches, self.device, precision)
         self.batch = BatchProgram(

@@ -178,6 +178,7 @@ class PhaseList:
     max_tiles: int = 1  # of one block in one phase
     max_units: int = 1
     min_items: int | None = None  # tiles, or pairs of tiles, of the smallest product
+    has_fp8_cache: bool = False
     _next_block: int = 0
     _num_products: int = 0
     _marks: list[tuple[Any, str, Link, int]] = field(default_factory=list)
@@ -247,8 +248,12 @@ class PhaseList:
     def add_attention(
         self, weights: AttentionWeights, qkv: Link, k_cache: Tensor, v_cache: Tensor, out: Link
     ) -> None:
-        """out = attention of qkv [tokens, (heads + 2 kv heads) * head_dim]; appends keys and values."""
+        """out = attention of qkv [tokens, (heads + 2 kv heads) * head_dim]; appends keys and values.
+
+        The caches of a program have one form of `kernels.kv_cache`.
+        """
         w, phase = weights, _Phase()
+        self.has_fp8_cache = k_cache.dtype == torch.uint8
         a = phase.attention
         a.kind, a.num_heads, a.num_kv_heads, a.head_dim = _ATTENTION, w.num_heads, w.num_kv_heads, w.head_dim
         a.window, a.scale, a.eps, a.qkv_stride = w.window or 0, w.scale, w.eps, qkv.data.stride(0)
@@ -301,6 +306,7 @@ class StepProgram:
         phases.finish()
         self._keep = phases.tensors
         self._max_units = phases.max_units
+        self._launch = library().peregrine_step_fp8 if phases.has_fp8_cache else library().peregrine_step
         self.inputs = inputs
         self._direct = _on_device(phases.direct, device)
         self._prepared = _on_device(phases.prepared, device)
@@ -372,7 +378,7 @@ class StepProgram:
             late,
         )
         stream = torch.cuda.current_stream().cuda_stream
-        check(library().peregrine_step(ctypes.byref(step), mma, num_blocks(), ctypes.c_void_p(stream)))
+        check(self._launch(ctypes.byref(step), mma, num_blocks(), ctypes.c_void_p(stream)))
 
 
 def segment_of(matrix: DeviceMatrix, bias: Tensor | None = None) -> _Segment:
@@ -432,8 +438,8 @@ def add_layers(
 ) -> None:
     """Phases of a whole decoder: from the embedded tokens [tokens, hidden] to logits [tokens, vocab].
 
-    The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values, bfloat16
-    [blocks, kv_heads, 16, head_dim] each.
+    The layers' matrices are DeviceWeight (gate and up as two parts). caches: keys and values in one form of
+    `kernels.kv_cache`.
     """
     device, (tokens, hidden) = embedded.device, embedded.shape
     first, _ = layers[0]

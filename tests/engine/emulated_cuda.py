@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import engine.core
+import kernels.prefill
 from engine.cuda import batch, decode, layers, prefill, runner
 from engine.cuda.weights import DeviceWeights, matrix_of
-from kernels import AttentionMetadata, reference
+from kernels import AttentionMetadata, AttentionWeights, reference
 from kernels.cuda.packing import DeviceWeight
 from kernels.cuda.packing import dequantize as dense_matrix
 from kernels.cuda.program import StepInputs
+from kernels.prefill import Product, Tokens
 
 CPU = torch.device("cpu")
 
@@ -60,7 +62,7 @@ class _Model:
         self._x, self._logits = program._embedded, program.logits
         self._eps, self._norm = program._config.rms_norm_eps, weights.final_norm
         self._head = _dense(weights.head)
-        self._caches = [(k.transpose(2, 3), v) for k, v in caches]
+        self._caches = list(caches)
         self._layers = [
             (
                 replace(a, qkv=_dense(a.qkv), o=_dense(a.o)),
@@ -95,10 +97,23 @@ class _Model:
         )
         x = self._x[:num_tokens]
         for (attention, ffn), (keys, values) in zip(self._layers, self._caches, strict=True):
-            reference.attention_block(x, attention, keys, values, metadata)
+            if keys.dtype == torch.uint8:
+                _attend_fp8(x, attention, (keys, values), inputs)
+            else:
+                reference.attention_block(x, attention, keys.transpose(2, 3), values, metadata)
             reference.ffn_block(x, ffn)
         self._logits[:num_tokens] = reference.logits(x, self._norm, self._eps, self._head)
         self._x.fill_(float("nan"))  # nothing may be read from it afterwards
+
+
+def _attend_fp8(x: torch.Tensor, w: AttentionWeights, caches: Any, inputs: StepInputs) -> None:
+    """`reference.attention_block` over an "fp8" cache."""
+    assert isinstance(w.qkv, torch.Tensor)
+    qkv = Product((reference.rms_norm(x, w.norm, w.eps) @ w.qkv.T).unsqueeze(0))
+    positions, sequences = inputs.positions[: len(x)], inputs.sequences[: len(x)]
+    tokens = Tokens(positions, sequences, inputs.block_table, positions.new_empty(0, 4), 1)
+    attended = kernels.prefill.attend_next(qkv, w, caches, tokens, "bf16", is_shared=True).values
+    reference.add_projection(x, reference.linear(attended.float(), w.o, w.o_bias), w.post_norm, w.eps)
 
 
 class _Head:

@@ -11,7 +11,7 @@ import torch
 from engine import ParameterError, speculation
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core import EngineCore
-from engine.cuda import CudaModelRunner
+from engine.cuda import CudaModelRunner, runner
 from engine.quality.divergence import head_table, hidden_states
 from kernels import kv_cache
 from tests.engine.emulated_cuda import emulate
@@ -73,6 +73,13 @@ def device(request, monkeypatch) -> str:
     if request.param == "emulated":
         emulate(monkeypatch)
     return request.param
+
+
+@pytest.fixture(params=["batch", "fused"], autouse=True)
+def decoding(request, monkeypatch) -> None:
+    """By the large-batch path, and by the fused kernel."""
+    formats = ("bf16",) if request.param == "batch" else ("bf16", "fp8")
+    monkeypatch.setattr(runner, "_FUSED_FORMATS", formats)
 
 
 @pytest.fixture

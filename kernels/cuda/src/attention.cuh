@@ -6,12 +6,16 @@
 // are put in their places there. Products run on the tensor cores in bfloat16, queries and probabilities as a sum
 // of two numbers each (rows g and g + 8 of operand A). The last block to finish a split of a head combines them in
 // their order (flash decoding, Dao et al. 2023).
+//
+// The cache is bfloat16, or (kFp8) e4m3 codes with an exponent for each token (kernels/kv_cache.py), which become
+// bfloat16 when they are read: exactly. Scores and probabilities take the powers of two, to the same bits.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "activations.cuh"
 #include "async.cuh"
+#include "fp8_cache.cuh"
 #include "program.h"
 
 constexpr int kBlockTokens = 16;
@@ -92,6 +96,18 @@ __device__ __forceinline__ int64_t block_origin(const AttentionPhase& phase, int
   return (block * phase.num_kv_heads + kv_head) * kBlockTokens * phase.head_dim;
 }
 
+// Of a head's tokens in a block, keys or values.
+template <bool kFp8>
+__host__ __device__ constexpr int head_bytes(int head_dim) {
+  return kFp8 ? kBlockTokens * (head_dim + 1) : kBlockTokens * head_dim * 2;
+}
+
+template <bool kFp8>
+__device__ __forceinline__ int64_t head_origin(const AttentionPhase& phase, int64_t block, int kv_head) {
+  if constexpr (kFp8) return (block * phase.num_kv_heads + kv_head) * head_bytes<true>(phase.head_dim);
+  else return block_origin(phase, block, kv_head) * 2;
+}
+
 __device__ __forceinline__ uint32_t pack2(float first, float second) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
   return *reinterpret_cast<const uint32_t*>(&two);
@@ -109,8 +125,10 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int kDim, int kColumns>
+template <int kDim, int kColumns, bool kFp8>
 struct SplitAttention {
+  using Eight = std::conditional_t<kFp8, Codes8, uint4>;  // columns of a key or value, as the cache has them
+  static constexpr int kHeadBytes = head_bytes<kFp8>(kDim);
   static constexpr int kLanes = kDim / 8;               // lanes of a head, eight columns each
   static constexpr int kOwn = kColumns / 8;             // columns of the values that a lane's row of operand B holds
   static constexpr int kQueryStride = kDim + 8;         // bfloat16: rows fall on different banks
@@ -201,18 +219,18 @@ struct SplitAttention {
       *reinterpret_cast<uint4*>(queries + warp * kQueryStride + column) = pack8(q);
       *reinterpret_cast<uint4*>(queries + (warp + 8) * kQueryStride + column) = pack8(low);
     }
-    const uint4 new_key = pack8(rotate(own_k, phase.k_norm, rotary)), new_value = pack8(own_v);
+    const Eight new_key = pack(rotate(own_k, phase.k_norm, rotary)), new_value = pack(own_v);
     named_barrier(kConsumerBarrier, kConsumers);
 
     float o[kColumns / 8][4] = {}, largest = -1e30f, total = 0;
     const int first_block = item.first_block(), num_blocks = item.num_blocks();
     for (int begin = 0; begin < num_blocks; begin += blocks_per_stage(kDim)) {
       const int count = min(blocks_per_stage(kDim), num_blocks - begin);
-      uint8_t* stage = ring.next(count * kBlockTokens * kDim * 4);
+      uint8_t* stage = ring.next(count * 2 * kHeadBytes);
       for (int i = 0; i < count; ++i) {
         if ((begin + i) % kWarps != warp) continue;
-        uint8_t* keys = stage + i * kBlockTokens * kDim * 4;
-        uint8_t* values = keys + kBlockTokens * kDim * 2;
+        uint8_t* keys = stage + i * 2 * kHeadBytes;
+        uint8_t* values = keys + kHeadBytes;
         const int base = (first_block + begin + i) * kBlockTokens;
         if (base + kBlockTokens > first_new) {
           complete(item, base, first_row, first_new, new_key, new_value, keys, values);
@@ -229,38 +247,87 @@ struct SplitAttention {
     named_barrier(kConsumerBarrier, kConsumers);  // queries, parts and flag are free again
   }
 
+  __device__ __forceinline__ Eight pack(const Floats8& x) const {
+    if constexpr (kFp8) return to_codes<kLanes>(x);
+    else return pack8(x);
+  }
+
   // The token's own key and value into the cache.
-  __device__ void append(const Item& item, int64_t block, const uint4& key, const uint4& value) const {
-    const int64_t at = block_origin(phase, block, item.kv_head) + item.position % kBlockTokens * kDim + column;
-    if (lane < kLanes) {
-      *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.k_cache) + at) = key;
-      *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.v_cache) + at) = value;
+  __device__ void append(const Item& item, int64_t block, const Eight& key, const Eight& value) const {
+    if constexpr (kFp8) {
+      const int64_t origin = head_origin<true>(phase, block, item.kv_head);
+      put(static_cast<uint8_t*>(phase.k_cache) + origin, item.position % kBlockTokens, key);
+      put(static_cast<uint8_t*>(phase.v_cache) + origin, item.position % kBlockTokens, value);
+      return;
     }
+    const int64_t at = block_origin(phase, block, item.kv_head) + item.position % kBlockTokens * kDim + column;
+    if constexpr (!kFp8)
+      if (lane < kLanes) {
+        *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.k_cache) + at) = key;
+        *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(phase.v_cache) + at) = value;
+      }
+  }
+
+  // A token's codes and exponent into a head's tokens of a block.
+  __device__ void put(uint8_t* head, int token, const Codes8& x) const {
+    if (lane < kLanes) *reinterpret_cast<uint2*>(head + token * kDim + column) = x.codes;
+    if (lane == 0) head[kBlockTokens * kDim + token] = x.exponent;
   }
 
   // This step's keys and values into a block in shared memory; rows beyond the token become zero, since what lies
   // there may be anything, also NaN.
-  __device__ void complete(const Item& item, int base, int first_row, int first_new, const uint4& new_key,
-                           const uint4& new_value, uint8_t* keys, uint8_t* values) const {
+  __device__ void complete(const Item& item, int base, int first_row, int first_new, const Eight& new_key,
+                           const Eight& new_value, uint8_t* keys, uint8_t* values) const {
     for (int at = max(base, first_new); at < base + kBlockTokens; ++at) {
-      uint4 k = new_key, v = new_value;
+      Eight k = new_key, v = new_value;
       if (at < item.position) {  // another token of the same sequence
         const int source = first_row + at - first_new;
         const float* of_token = phase.qkv + source * phase.qkv_stride;
         const int key = (phase.num_heads + item.kv_head) * kDim + column;
         const uint32_t mark = mark_of(phase.qkv_marks, odd_launches, source);
-        k = pack8(rotate(read_marked8(of_token + place_of(key), mark), phase.k_norm, load_rotary(at)));
-        v = pack8(read_marked8(of_token + place_of(key + phase.num_kv_heads * kDim), mark));
+        k = pack(rotate(read_marked8(of_token + place_of(key), mark), phase.k_norm, load_rotary(at)));
+        v = pack(read_marked8(of_token + place_of(key + phase.num_kv_heads * kDim), mark));
       } else if (at > item.position) {
-        k = v = make_uint4(0, 0, 0, 0);
+        k = v = Eight{};
+      }
+      if constexpr (kFp8) {
+        put(keys, at - base, k), put(values, at - base, v);
+        continue;
       }
       const int byte = (at - base) * kDim * 2 + column * 2;
-      if (lane < kLanes) {
-        *reinterpret_cast<uint4*>(keys + byte) = k;
-        *reinterpret_cast<uint4*>(values + byte) = v;
-      }
+      if constexpr (!kFp8)
+        if (lane < kLanes) {
+          *reinterpret_cast<uint4*>(keys + byte) = k;
+          *reinterpret_cast<uint4*>(values + byte) = v;
+        }
     }
     __syncwarp();
+  }
+
+  // Eight columns in shared memory, bfloat16.
+  __device__ __forceinline__ uint4 eight_of(const uint8_t* at) const {
+    if constexpr (kFp8) return from_codes(*reinterpret_cast<const uint2*>(at));
+    else return *reinterpret_cast<const uint4*>(at);
+  }
+
+  struct Scales {
+    float keys[2][2], values[2][2];  // of keys 8 n + 2 q + e of a block
+  };
+
+  __device__ __forceinline__ Scales load_scales(const uint8_t* keys, const uint8_t* values) const {
+    Scales scales;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int at = kBlockTokens * kDim + 8 * n + 2 * (lane % 4);
+      const uint32_t of_keys = *reinterpret_cast<const uint16_t*>(keys + at);
+      const uint32_t of_values = *reinterpret_cast<const uint16_t*>(values + at);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        scales.keys[n][e] = power(of_keys >> 8 * e & 255);
+        scales.values[n][e] = power(of_values >> 8 * e & 255);
+      }
+    }
+    return scales;
   }
 
   // Sixteen keys and values, online softmax. Lane (g, q) = lane / 4, lane % 4: its row of operand A is head g (and
@@ -278,10 +345,18 @@ struct SplitAttention {
       const uint32_t first[4] = {high.x, low.x, high.y, low.y}, second[4] = {high.z, low.z, high.w, low.w};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint4 k = *reinterpret_cast<const uint4*>(keys + (8 * n + g) * kDim * 2 + 16 * chunk);
+        const uint4 k = eight_of(keys + (8 * n + g) * (kFp8 ? kDim : kDim * 2) + (kFp8 ? 8 : 16) * chunk);
         mma_bf16(s[n], first, k.x, k.y);
         mma_bf16(s[n], second, k.z, k.w);
       }
+    }
+    Scales scales;
+    if constexpr (kFp8) {
+      scales = load_scales(keys, values);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] *= scales.keys[n][e % 2];
     }
     float p[2][2], new_largest = largest;
 #pragma unroll
@@ -303,6 +378,7 @@ struct SplitAttention {
       for (int e = 0; e < 2; ++e) {
         p[n][e] = p[n][e] > -1e29f ? exp2f(p[n][e] - largest) : 0.0f;
         total += p[n][e];
+        if constexpr (kFp8) p[n][e] *= scales.values[n][e];
       }
       a[2 * n] = pack2(p[n][0], p[n][1]);
       a[2 * n + 1] = pack2(p[n][0] - rounded(p[n][0]), p[n][1] - rounded(p[n][1]));
@@ -318,7 +394,8 @@ struct SplitAttention {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {  // keys 2 q, 2 q + 1, 2 q + 8, 2 q + 9
         const int row = 2 * q + (r % 2) + 8 * (r / 2);
-        const uint4 raw = *reinterpret_cast<const uint4*>(values + row * kDim * 2 + (item.half * kColumns + g * kOwn + 8 * part) * 2);
+        const int column = item.half * kColumns + g * kOwn + 8 * part;
+        const uint4 raw = eight_of(values + (kFp8 ? row * kDim + column : row * kDim * 2 + column * 2));
         v[r][0] = raw.x, v[r][1] = raw.y, v[r][2] = raw.z, v[r][3] = raw.w;
       }
 #pragma unroll

@@ -63,7 +63,7 @@ struct AttentionPhase {
   const float* qkv;  // marked [tokens, qkv_stride]: q, k, v heads
   const float *cos, *sin;      // [positions, head_dim / 2]
   const float *q_norm, *k_norm;  // [head_dim], may be null
-  void *k_cache, *v_cache;     // bfloat16 [blocks, kv_heads, 16, head_dim]
+  void *k_cache, *v_cache;     // bfloat16 [blocks, kv_heads, 16, head_dim], or as kernels/kv_cache.py says
   float* out;                  // marked [tokens, out_stride]
   int64_t out_stride;
 };

@@ -15,7 +15,13 @@
 #include "program.h"
 #include "units.cuh"
 
+#ifndef PEREGRINE_FP8_CACHE
+#define PEREGRINE_FP8_CACHE 0  // step_fp8.cu compiles this file once more
+#endif
+
 namespace {
+
+constexpr bool kFp8Cache = PEREGRINE_FP8_CACHE;
 
 // Ring, activations, sums, row factors. The ring comes first, so that a place in it is an offset here: through a
 // pointer kept in a structure the compiler would lose that it is shared memory.
@@ -260,7 +266,7 @@ __device__ void stream_weights(const MatmulPhase& phase, const Step& step, RingW
 }
 
 __device__ void stream_cache(const AttentionPhase& phase, const Step& step, const Rows& rows, RingWriter& writer, int lane) {
-  const int block_bytes = kBlockTokens * phase.head_dim * 2, per_stage = blocks_per_stage(phase.head_dim);
+  const int block_bytes = head_bytes<kFp8Cache>(phase.head_dim), per_stage = blocks_per_stage(phase.head_dim);
   for_each_item(phase, step, rows, [&](const Item& item) {
     const int* table = step.block_table + rows.sequences[item.token] * step.block_table_stride + item.first_block();
     const int count = item.num_blocks();
@@ -274,7 +280,7 @@ __device__ void stream_cache(const AttentionPhase& phase, const Step& step, cons
         for (int i = 0; i < blocks; ++i) {
           const int64_t block = __shfl_sync(~0u, id, begin - known + i);
           if (lane != 0) continue;
-          const int64_t origin = block_origin(phase, block, item.kv_head) * 2;
+          const int64_t origin = head_origin<kFp8Cache>(phase, block, item.kv_head);
           bulk_copy(to + 2 * i * block_bytes, static_cast<const uint8_t*>(phase.k_cache) + origin, block_bytes, bar);
           bulk_copy(to + (2 * i + 1) * block_bytes, static_cast<const uint8_t*>(phase.v_cache) + origin, block_bytes, bar);
         }
@@ -306,8 +312,8 @@ using Constant = std::integral_constant<int, kValue>;
 __device__ RingReader attend(const AttentionPhase& phase, const Step& step, uint8_t* x_room, Control& control,
                              RingReader ring, int warp, int lane) {
   const auto run = [&](auto dim, auto columns) {
-    return SplitAttention<dim(), columns()>(phase, step, control.rows, x_room, &control.flag, control.odd_launches, warp,
-                                            lane)
+    return SplitAttention<dim(), columns(), kFp8Cache>(phase, step, control.rows, x_room, &control.flag,
+                                                       control.odd_launches, warp, lane)
         .run(ring);
   };
   const bool is_wide = item_columns(phase, step) == 128;
@@ -687,9 +693,26 @@ cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, run_step<kMma, kOne>, step);
 }
 
+cudaError_t launch_step(const Step& step, int mma, int blocks, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (mma) {
+    case 1: return step.num_tokens == 1 ? launch<1, true>(step, blocks, s) : launch<1, false>(step, blocks, s);
+    case 2: return launch<2, false>(step, blocks, s);
+    case 4: return launch<4, false>(step, blocks, s);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+#if PEREGRINE_FP8_CACHE
+
+// The same as peregrine_step, where the cache is e4m3.
+int peregrine_step_fp8(const Step* step, int mma, int blocks, void* stream) { return launch_step(*step, mma, blocks, stream); }
+
+#else
 
 // Shared memory that a block of `mma` * 4 tokens can share out between ring and activations.
 int peregrine_step_room(int device, int mma, int* bytes) {
@@ -699,15 +722,9 @@ int peregrine_step_room(int device, int mma, int* bytes) {
   return error;
 }
 
-int peregrine_step(const Step* step, int mma, int blocks, void* stream) {
-  const auto s = static_cast<cudaStream_t>(stream);
-  switch (mma) {
-    case 1: return step->num_tokens == 1 ? launch<1, true>(*step, blocks, s) : launch<1, false>(*step, blocks, s);
-    case 2: return launch<2, false>(*step, blocks, s);
-    case 4: return launch<4, false>(*step, blocks, s);
-    default: return cudaErrorInvalidValue;
-  }
-}
+int peregrine_step(const Step* step, int mma, int blocks, void* stream) { return launch_step(*step, mma, blocks, stream); }
 
 const char* peregrine_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+#endif
 }
