@@ -142,8 +142,10 @@ def _policy(name: str, seed: int, fleet: dict[str, Replica], clock: Clock, outpu
 
 def _simulate(
     trace: Trace, policy: str, number: int, load: float, seed: int, requests: int
-) -> tuple[list[float], int, int, list[float]]:
-    """TTFTs (s), failures, aborts before a first token, decision times (us), the first tenth left out."""
+) -> tuple[list[float], int, int, list[tuple[float, float]]]:
+    """TTFTs (s), failures, aborts before a first token, decision times (us, passed and the processor's), the
+    first tenth left out.
+    """
     rng = random.Random(f"trace {seed}")  # the same arrivals for every policy
     num_slow, num_failing = (
         max(1, round(share * number)) if share else 0 for share in (trace.slow_share, trace.failing_share)
@@ -180,7 +182,7 @@ def _simulate(
 
 def _row(trace: str, policy: str, number: int, load: float, results: Sequence[Any]) -> dict[str, Any]:
     ttfts = [t for r in results for t in r[0]]
-    decisions = [t for r in results for t in r[3]]
+    decisions, processor = ([t[i] for r in results for t in r[3]] for i in range(2))
     return {
         "trace": trace,
         "policy": policy,
@@ -193,6 +195,8 @@ def _row(trace: str, policy: str, number: int, load: float, results: Sequence[An
         "decision_us_p50": round(percentile(decisions, 0.5), 1),
         "decision_us_p95": round(percentile(decisions, 0.95), 1),
         "decision_us_p99": round(percentile(decisions, 0.99), 1),
+        "decision_cpu_us_p50": round(percentile(processor, 0.5), 1),
+        "decision_cpu_us_p95": round(percentile(processor, 0.95), 1),
     }
 
 

@@ -284,7 +284,8 @@ class Client:
 @dataclass
 class Result:
     clients: list[Client]
-    decisions_us: list[float]
+    decisions_us: list[tuple[float, float]]
+    """Of each: passed time, and this thread's processor time."""
 
 
 class Simulation:
@@ -306,7 +307,7 @@ class Simulation:
     ) -> None:
         self.replicas, self.router, self.clock, self.retry_s = replicas, router, clock, retry_s
         self._rng = rng
-        self._decisions_us: list[float] = []
+        self._decisions_us: list[tuple[float, float]] = []
         self._num_over = 0
 
     def run(self, arrivals: Iterable[Arrival], on_over: Callable[[], None] = lambda: None) -> Result:
@@ -346,9 +347,11 @@ class Simulation:
         request = RoutedRequest(
             request_id, arrival.prompt_tokens, 1024, arrival.block_hashes, failed_on=client.failed_on
         )
-        start = time.perf_counter_ns()
+        start, cpu = time.perf_counter_ns(), time.thread_time_ns()
         decision = self.router.route(request)
-        self._decisions_us.append((time.perf_counter_ns() - start) / 1e3)
+        self._decisions_us.append(
+            ((time.perf_counter_ns() - start) / 1e3, (time.thread_time_ns() - cpu) / 1e3)
+        )
         if isinstance(decision, Overloaded):
             if self.clock.now_s - arrival.at_s + decision.predicted_wait_s > self.patience_s:
                 self._give_up(client)
