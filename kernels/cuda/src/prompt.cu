@@ -29,11 +29,12 @@ constexpr int kBlocksOf = kTiles == 8 && kTokens <= 64 ? 2 : 1;
 
 // Products of so few tokens go warp by warp, so that a block may have any number of tiles up to kTiles.
 template <int kTokens>
-constexpr bool kIsNarrow = kTokens == 16;
+constexpr bool kIsNarrow = kTokens == kMmaTokens;
 
-// Behind the warps that unpack are those that stream: two, or a warpgroup, which gives its registers to the others.
+// Behind the warps that unpack are those that stream (and sum up): three, or a warpgroup, which gives its registers to the
+// others.
 template <int kTokens>
-constexpr int kStreamers = kIsNarrow<kTokens> ? 64 : 128;
+constexpr int kStreamers = kIsNarrow<kTokens> ? 96 : 128;
 
 struct Prompt {
   Pieces pieces;
@@ -169,13 +170,12 @@ __device__ void store_gated(const Prompt& p, const float* results, int stride, i
 }
 
 template <class F, int kTiles, int kTokens>
-__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, uint8_t* shared, int count, int warp,
-                        int lane) {
+__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, const Ring& sums, uint8_t* shared, int count,
+                        int warp, int lane) {
   const int at = warp * p.pieces.segments[0].unit_bytes;
-  const __half2 inverse_unit = __float2half2_rn(p.inverse_unit);
   float acc[kTokens / 2] = {};
-  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F, kTokens>(weights, x, count, at, p.padded, inverse_unit, lane, acc);
-  else accumulate_wgmma<F, kTokens>(weights, x, count, at, inverse_unit, lane, acc);
+  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F>(weights, x, sums, count, at, p.padded, p.inverse_unit, lane, acc);
+  else accumulate_wgmma<F, kTokens>(weights, x, count, at, __float2half2_rn(p.inverse_unit), lane, acc);
   wait_for_kernel_before();
   consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
   float* const results = reinterpret_cast<float*>(shared);
@@ -201,18 +201,21 @@ template <class F, int kTiles, int kTokens>
 __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<kTiles, kTokens>)
     prompt_matmul(const __grid_constant__ Prompt p) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[4][kMaxRing];
+  __shared__ uint64_t barriers[5][kMaxRing];
   uint8_t* const data = shared + (1024 - shared_address(shared) % 1024) % 1024;
   const int x_stage = kIsNarrow<kTokens> ? kLines * 128 * p.padded : 128 * kTokens;
   const Ring weights{data + p.x_stages * x_stage, barriers[0], barriers[1], p.weight_stages,
                      p.tiles * p.pieces.segments[0].unit_bytes};
   // A narrow block's warps are done with a unit's activations when they are done with its weights.
   const Ring x{data, barriers[2], kIsNarrow<kTokens> ? weights.empty : barriers[3], p.x_stages, x_stage};
+  const Ring sums{weights.data + p.weight_stages * weights.stage_bytes, barriers[4], weights.empty, p.weight_stages,
+                  kIsNarrow<kTokens> ? kSumsBytes<F> : 0};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = blockIdx.z * p.units_per_split, end = min(begin + p.units_per_split, p.units);
   if (threadIdx.x == 0) {
     let_next_kernel_start();
     for (int i = 0; i < x.stages; ++i) mbarrier_init(&x.full[i], 1), mbarrier_init(&x.empty[i], p.tiles);
+    for (int i = 0; i < sums.stages; ++i) mbarrier_init(&sums.full[i], 1);
     for (int i = 0; i < weights.stages; ++i) mbarrier_init(&weights.full[i], 1), mbarrier_init(&weights.empty[i], p.tiles);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -226,11 +229,13 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
     } else if (warp == p.tiles + 1 && lane == 0) {
       wait_for_kernel_before();
       stream_activations<kTokens>(p, x, begin, end);
+    } else if (kIsNarrow<kTokens> && warp == p.tiles + 2) {
+      if constexpr (kIsNarrow<kTokens>) sum_activations<F>(x, sums, end - begin, p.padded, lane);
     }
   } else {
     if constexpr (!kIsNarrow<kTokens> && kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     else if constexpr (!kIsNarrow<kTokens> && kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-    consume<F, kTiles, kTokens>(p, weights, x, data, end - begin, warp, lane);
+    consume<F, kTiles, kTokens>(p, weights, x, sums, data, end - begin, warp, lane);
   }
 }
 
@@ -238,14 +243,16 @@ template <class F, int kTiles, int kTokens>
 cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   constexpr int kLine = 128 * kTokens, kRoom = kBlocksOf<kTiles, kTokens> == 2 ? kHalfSharedBytes : kSharedBytes;
   const int unit = p.tiles * p.pieces.segments[0].unit_bytes, x_unit = kLines * 128 * p.padded;
+  int sums = 0;
   if constexpr (kIsNarrow<kTokens>) {
-    p.x_stages = p.weight_stages = std::min(kMaxRing, kRoom / (unit + x_unit));
+    p.x_stages = p.weight_stages = std::min(kMaxRing, kRoom / (unit + x_unit + kSumsBytes<F>));
+    sums = p.weight_stages * kSumsBytes<F>;
   } else {  // weights one unit further ahead: they come from memory, activations from L2
     p.weight_stages = std::min({kMaxRing, kRoom / (unit + kLines * kLine) + 1, (kRoom - kLines * kLine) / unit});
     p.x_stages = std::min(kMaxRing, (kRoom - p.weight_stages * unit) / kLine);
   }
   const int x_stage = kIsNarrow<kTokens> ? x_unit : kLine;
-  const int bytes = p.weight_stages * unit + p.x_stages * x_stage + 1024;
+  const int bytes = p.weight_stages * unit + p.x_stages * x_stage + sums + 1024;
   const auto kernel = prompt_matmul<F, kTiles, kTokens>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
