@@ -71,6 +71,15 @@ def test_a_residual_is_bounded_and_its_deviation_fades():
     assert ttft_factors(residuals, 130.0) == pytest.approx([1.0, 1.0])
 
 
+def test_factors_kept_for_a_moment_show_a_new_observation_at_once():
+    residuals = Residuals(2, weight=1.0, fleet_weight=1e-9, half_life_s=30.0)
+    assert ttft_factors(residuals, 100.0) == [1.0, 1.0]
+    residuals.observe(flight(0.2), 1, now_s=100.1)
+    assert ttft_factors(residuals, 100.1) == pytest.approx([2.0, 1.0])
+    residuals.reset(0)
+    assert ttft_factors(residuals, 100.1) == pytest.approx([1.0, 1.0])
+
+
 def test_what_did_not_start_teaches_nothing():
     residuals = Residuals(1)
     made = flight(0.2)
