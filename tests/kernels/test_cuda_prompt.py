@@ -46,8 +46,8 @@ def _check(
     operand = (x / tiled.scale.unsqueeze(1)).half().double() * tiled.scale.double().unsqueeze(1)
     exact = operand @ torch.cat([dequantize(p) for p in weight.parts]).double().T
     errors = (got.float().double() - exact).norm(dim=1) / exact.norm(dim=1)
-    # Weights of 11 bits, whose errors a sum that nearly cancels out keeps; bfloat16 results.
-    assert float(errors.max()) < 2**-10 + (2**-9 if got.values.dtype == torch.bfloat16 else 0)
+    # Weights of 11 bits, of which a sum that nearly cancels out keeps the errors; bfloat16 results of 8.
+    assert float(errors.max()) < 2**-10 + (2**-8 if got.values.dtype == torch.bfloat16 else 0)
     return got
 
 
