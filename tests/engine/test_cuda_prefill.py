@@ -10,6 +10,7 @@ from engine.cuda.prefill import Chunk, Prefill
 from engine.cuda.random_model import RandomModel
 from engine.models.config import ModelConfig, RopeConfig
 from kernels.cuda.program import BLOCK_TOKENS
+from kernels.kv_cache import allocate
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU (sm_90)")]
@@ -36,13 +37,12 @@ def weights():
     return RandomModel(CONFIG, 4.25).device_weights(4096, DEVICE)
 
 
-def make(weights, precision: str = "bf16") -> Prefill:
+def make(weights, precision: str = "bf16", kv_format: str = "bf16") -> Prefill:
     """Four sequences' blocks, scattered; the cache is full of NaN."""
-    shape = (4 * BLOCKS, CONFIG.num_kv_heads, BLOCK_TOKENS, CONFIG.head_dim)
-    caches = [
-        tuple(torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
-        for _ in range(CONFIG.num_layers)
-    ]
+    of_cache = 4 * BLOCKS, CONFIG.num_kv_heads, CONFIG.head_dim, kv_format, DEVICE
+    caches = [tuple(allocate(*of_cache) for _ in "kv") for _ in range(CONFIG.num_layers)]
+    for cache in itertools.chain(*caches):
+        cache.view(torch.uint8).fill_(255)
     order = torch.randperm(4 * BLOCKS, generator=torch.Generator().manual_seed(0))
     table = order.int().view(4, BLOCKS).to(DEVICE)
     return Prefill(Layers(weights, caches, DEVICE, precision), CONFIG, table, DEVICE)
@@ -61,9 +61,9 @@ def run(prefill: Prefill, *chunks: Chunk) -> torch.Tensor:
         return prefill.forward(chunks).clone()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_graph_computes_what_single_launches_do(weights, precision):
-    plain, captured = make(weights, precision), make(weights, precision)
+@pytest.mark.parametrize(("precision", "kv_format"), [("bf16", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")])
+def test_a_graph_computes_what_single_launches_do(weights, precision, kv_format):
+    plain, captured = (make(weights, precision, kv_format) for _ in range(2))
     stream = torch.cuda.Stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
         captured.forward([Chunk(0, 0, prompt(40))])
@@ -80,19 +80,25 @@ def test_a_graph_computes_what_single_launches_do(weights, precision):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(("precision", "kv_format"), [("bf16", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")])
 @pytest.mark.parametrize("cuts", [(512,), (17, 800), (1500,)])
-def test_chunks_compute_what_the_whole_does(weights, precision, cuts):
+def test_chunks_compute_what_the_whole_does(weights, precision, kv_format, cuts):
     ids = prompt(1700)
-    whole = run(make(weights, precision), Chunk(0, 0, ids))
-    prefill, parts, borders = make(weights, precision), [], [0, *cuts, len(ids)]
+    whole = run(make(weights, precision, kv_format), Chunk(0, 0, ids))
+    prefill, parts, borders = make(weights, precision, kv_format), [], [0, *cuts, len(ids)]
     for begin, end in itertools.pairwise(borders):
         other = Chunk(3, 0, prompt(50, seed=end))
         parts.append(run(prefill, Chunk(2, begin, ids[begin:end]), other)[: end - begin])
-    assert error(torch.cat(parts), whole) < (0.01 if precision == "bf16" else 0.03)
+    assert error(torch.cat(parts), whole) < (0.01 if precision == kv_format == "bf16" else 0.03)
 
 
 def test_e4m3_is_near_bfloat16(weights):
     ids = prompt(700)
     fp8, bf16 = (run(make(weights, p), Chunk(0, 0, ids)) for p in ("fp8", "bf16"))
     assert 1e-4 < error(fp8, bf16) < 0.1  # 3.6% a product
+
+
+def test_an_e4m3_cache_is_near_a_bfloat16_one(weights):
+    ids = prompt(700)
+    fp8, bf16 = (run(make(weights, kv_format=f), Chunk(0, 0, ids)) for f in ("fp8", "bf16"))
+    assert 1e-4 < error(fp8, bf16) < 0.05
