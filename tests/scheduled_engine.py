@@ -5,6 +5,7 @@ tests.timed_engine.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -94,6 +95,16 @@ class ScheduledEngine(TimedEngine):
         for request, _ in self._scheduler.update(plan, sampled):
             if (sequence := sequences.get(request.request_id)) is not None:
                 self._emit(sequence)
+
+
+async def start_slow_first(config: EngineConfig) -> ScheduledEngine:
+    """The factory for replicas of which the first is half as fast as the others."""
+    from ray import serve
+
+    rank = serve.get_replica_context().rank
+    factor = 2 if rank is not None and rank.rank == 0 else 1
+    speed = Speed(*(factor * seconds for seconds in dataclasses.astuple(_SPEED)))
+    return ScheduledEngine(config.served_model_name or "double", speed, config.max_num_seqs)
 
 
 async def start_scheduled_engine(config: EngineConfig) -> ScheduledEngine:

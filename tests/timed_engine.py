@@ -211,19 +211,6 @@ class TimedEngine:
         )
 
 
-async def start_slow_first(config: EngineConfig) -> TimedEngine:
-    """The factory for replicas of which the first is half as fast as the others."""
-    from ray import serve
-
-    rank = serve.get_replica_context().rank
-    factor = 2 if rank is not None and rank.rank == 0 else 1
-    usual = Speed()
-    return TimedEngine(
-        config.served_model_name or "double",
-        Speed(factor * usual.base_s, factor * usual.per_active_s, factor * usual.prefill_token_s),
-    )
-
-
 async def start_fast(config: EngineConfig) -> TimedEngine:
     """The factory for replicas that never wait: what is measured then is the path."""
     return TimedEngine(config.served_model_name or "double", Speed(0.0, 0.0, 1e-9))

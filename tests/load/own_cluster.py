@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from deploy.cluster import running_cluster, started
 from deploy.config import load_config
-from tests.scheduled_engine import start_scheduled_engine
-from tests.timed_engine import start_slow_first, start_timed_engine
+from tests.scheduled_engine import start_scheduled_engine, start_slow_first
+from tests.timed_engine import start_timed_engine
 
 DOUBLES = {
     "timed": start_timed_engine,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=[*DOUBLES, "real"], default="timed")
     parser.add_argument("--policy", default="latency")
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="of each replica (scheduled, real)")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="of each replica (all but timed)")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     double = {"model": "double", "served_model_name": "double"} if options.engine != "real" else {}
