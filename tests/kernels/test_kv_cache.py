@@ -240,7 +240,7 @@ def test_attend(chunks, heads, kv_heads, dim, tile, window, device):
     # Powers of two may be taken out of a product: the bits are those of a 16-bit cache of the same values,
     # where the tensor cores sum in the same order.
     plain = triton_prefill.attend(query, w, tuple(map(decoded, caches)), tokens)[:count]
-    assert relative_error(got, plain) < (1e-3 if device == "cuda" else 3e-3)
+    assert relative_error(got, plain) < 5e-3
 
 
 def next_tokens(positions: list[int], rows: list[int], device: str) -> Tokens:
