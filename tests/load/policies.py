@@ -39,14 +39,14 @@ class Trace:
 
 TRACES = {
     "timed": {
-        "long prompts": Trace((SHORT, LONG), "timed", 4, 12.0),
+        "long_prompts": Trace((SHORT, LONG), "timed", 4, 12.0),
         # 8 places of 24 tokens in 19 ms steps are 17 requests a second; 3.5 replicas, at 80%.
-        "one at half speed": Trace((SHORT,), "slow-first", 4, 48.0, max_num_seqs=8),
+        "one_at_half_speed": Trace((SHORT,), "slow-first", 4, 48.0, max_num_seqs=8),
     },
     # On a core each: a short request takes about 0.3 s, one of 1,200 words some seconds.
     "real": {
         "uniform": Trace((Kind("default", 1.0, 30, 24, 5.0),), "real", 2, 3.0),
-        "long prompts": Trace((SHORT, Kind("default", 0.04, 1200, 24, 60.0)), "real", 2, 2.0),
+        "long_prompts": Trace((SHORT, Kind("default", 0.04, 1200, 24, 60.0)), "real", 2, 2.0),
     },
 }
 
