@@ -375,6 +375,7 @@ def bench_engine(
     prompt: Annotated[str, typer.Option(help="Comma-separated prompt lengths for TTFT.")] = "128,512",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     long_tokens: Annotated[int, typer.Option(help="Output tokens of the end-to-end run.")] = 2000,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     json_path: JsonPath = None,
 ) -> None:
     """Decoding on a Hopper GPU with random weights in a real model's shape."""
@@ -386,7 +387,7 @@ def bench_engine(
         raise fail(f"--shape: unknown {shape!r} (known: {', '.join(SHAPES)})")
     batches, prompts = ([int(v) for v in text.split(",")] for text in (batch, prompt))
     try:
-        rows = engine.run(shape, bits, batches, prompts, rounds, long_tokens)
+        rows = engine.run(shape, bits, batches, prompts, rounds, long_tokens, kv_cache_dtype)  # type: ignore[arg-type]
     except EngineError as error:
         raise fail(str(error)) from None
     report.publish(rows, f"Engine, {shape}", json_path)

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from engine import EngineConfig, SamplingParams
+from engine.config import KVCacheDType
 from engine.core import EngineCore
 from engine.cuda.random_model import RandomModel
 from engine.messages import AbortRequests, AddRequest, TokenOutput
@@ -29,9 +30,18 @@ _OPS_PER_LAYER = 11  # one kernel an op: 2 norms, 2 qkv/rope, append, attention,
 
 
 def run(
-    shape: str, bits: float, batches: Sequence[int], prompts: Sequence[int], rounds: int, long_tokens: int
+    shape: str,
+    bits: float,
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    rounds: int,
+    long_tokens: int,
+    kv_cache_dtype: KVCacheDType = "auto",
 ) -> list[dict[str, Any]]:
-    """Rows of engine.json. long_tokens: output tokens of the end-to-end run (0: none)."""
+    """Rows of engine.json. long_tokens: output tokens of the end-to-end run (0: none).
+
+    Raises ParameterError for another kv_cache_dtype.
+    """
     console = Console(stderr=True)
     rate = read_rate_gb_s()
     torch.cuda.empty_cache()
@@ -43,6 +53,7 @@ def run(
             max_model_len=_MAX_MODEL_LEN,
             max_num_seqs=max(16, *batches),
             kv_cache_bytes=config.num_kv_bytes_per_token(2) * max(_MAX_MODEL_LEN, _STREAM * max(batches)),
+            kv_cache_dtype=kv_cache_dtype,
             step_target_s=math.inf,  # streams wait for their batch to be complete: as briefly as can be
             enable_prefix_caching=False,
             speculative_tokens=0,
@@ -57,6 +68,8 @@ def run(
     launches = timer.launches_per_token()
     rows: list[dict[str, Any]] = []
     base = {"shape": shape, "bits": bits, "read_gb_s": round(rate), "weight_gb": round(read_bytes / 1e9, 2)}
+    if kv_cache_dtype != "auto":
+        base["kv_cache_dtype"] = kv_cache_dtype
     for num_prompt in prompts:
         ttft = median(timer.seconds(1, num_prompt, 1) for _ in range(max(rounds, 3)))
         rows.append({**base, "batch": 1, "prompt_tokens": num_prompt, "ttft_ms": round(ttft * 1e3, 2)})

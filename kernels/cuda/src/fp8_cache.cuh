@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "async.cuh"
-#include "values.cuh"
 
 struct Codes8 {
   uint2 codes;
