@@ -57,17 +57,23 @@ class Admission:
     rate at which the engine computes prompts. What it leaves out (the step that runs, the streams beside it)
     shows as its error, whose mean and mean deviation are followed; a deadline is expected to be kept when
     forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988). Each priority has
-    its own errors: where places run out, the important take them from others, who wait. Errors are forgotten
-    with time: who refuses everything learns nothing. Nothing is refused before there is a rate.
+    its own errors: where places run out, the important take them from others, who wait; that these wait for
+    those at least as important to leave is part of the forecast. Errors are forgotten with time: who refuses
+    everything learns nothing. Nothing is refused before there is a rate.
+
+    max_num_seqs: places in the engine's batch; None leaves them out of the forecast.
     """
 
     settings: ServingSettings
     recorder: Recorder
     clock: Callable[[], float] = time.monotonic
+    max_num_seqs: int | None = None
     num_inflight: int = 0
     tokens_per_s: float = 0.0  # the engine's
     attainment: Attainment = field(default_factory=Attainment)
     _pending: dict[int, _Pending] = field(default_factory=dict)
+    _open: dict[int, int] = field(default_factory=dict)  # priorities of those in the engine
+    _answer_s: dict[int, float] = field(default_factory=dict)  # by priority, from first to last output
     _errors: defaultdict[int, _Error] = field(default_factory=lambda: defaultdict(_Error))  # by priority
 
     @contextmanager
@@ -97,7 +103,15 @@ class Admission:
             for p in self._pending.values()
             if p.urgency.deadline <= urgency.deadline and p.urgency.priority <= urgency.priority
         )
-        return (ahead + num_tokens) / self.tokens_per_s
+        return (ahead + num_tokens) / self.tokens_per_s + self._wait_for_a_place_s(urgency.priority)
+
+    def _wait_for_a_place_s(self, priority: int) -> float:
+        """Those that give no place to this priority leave one by one over a mean answer's time."""
+        if self.max_num_seqs is None:
+            return 0.0
+        num_missing = sum(p <= priority for p in self._open.values()) + 1 - self.max_num_seqs
+        answer_s = max((s for p, s in self._answer_s.items() if p <= priority), default=0.0)
+        return max(0, num_missing) / self.max_num_seqs * answer_s
 
     def check_deadline(self, service: Service, num_tokens: int) -> None:
         """Raises ApiError 429 for a request that asked not to be answered late, and would be."""
@@ -124,14 +138,21 @@ class Admission:
         key, now, urgency = id(outputs), self.clock(), service.urgency
         predicted_s = self.predicted_ttft_s(urgency, num_tokens)
         self._pending[key] = _Pending(urgency, num_tokens, now, predicted_s)
+        self._open[key] = urgency.priority
+        first_at = now
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     if key in self._pending:
                         self._begin(key, service)
+                        first_at = self.clock()
                     yield output
+            answer_s = self.clock() - first_at
+            known_s = self._answer_s.setdefault(urgency.priority, answer_s)
+            self._answer_s[urgency.priority] = known_s + _WEIGHT * (answer_s - known_s)
         finally:
             self._pending.pop(key, None)
+            self._open.pop(key, None)
 
     def _begin(self, key: int, service: Service) -> None:
         now, begun = self.clock(), self._pending.pop(key)

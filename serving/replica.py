@@ -62,6 +62,7 @@ class Replica:
         self._guard = StreamGuard()
         self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
         self._engine = await factory(config)
+        self._state.admission.max_num_seqs = config.max_num_seqs
         self._state.ready(self._engine)
         self._publisher = asyncio.create_task(self._state.publish_stats())
 

@@ -35,7 +35,7 @@ TIERS: Mapping[str, Tier] = {
     # A suggestion is worth 500 ms, half of which its first token may take; so with an agent's second.
     "copilot": Tier(ttft_s=0.25, priority=1, refuses_late=True),
     "agent": Tier(ttft_s=0.5, priority=2, refuses_late=True, max_load=0.95),
-    "default": Tier(ttft_s=5.0, priority=3),
+    "default": Tier(ttft_s=5.0, priority=3, max_load=0.9),
     "batch": Tier(ttft_s=120.0, priority=4, max_load=0.8),
 }
 

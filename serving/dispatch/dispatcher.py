@@ -4,7 +4,17 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from serving.dispatch.headers import FLIGHT, PREFIXES, REFUSE, REPLY_TO, ROUTE, SIZE, describe, write_prefixes
+from serving.dispatch.headers import (
+    FLIGHT,
+    PREFIXES,
+    REFUSE,
+    REPLY_TO,
+    ROUTE,
+    SIZE,
+    describe,
+    write_prefixes,
+    write_size,
+)
 from serving.dispatch.messages import Arrived, Ended, FirstToken, Hello, Message, Report
 from serving.dispatch.prompts import routed_request
 from serving.routing import CostEstimator, Overloaded, ReplicaStats, RoutedRequest, Router
@@ -71,7 +81,8 @@ class Dispatcher:
             return Answer(chosen, {REFUSE: f"{decision.predicted_wait_s:.3f}"})
         self._unseen[flight_id] = self.clock() + ARRIVAL_TIMEOUT_S
         route = describe(self.router.policy.name, decision)
-        size = f"{max(1, request.prompt_tokens - decision.saved_tokens)}/{decision.expected_output_tokens}"
+        own_tokens = max(1, request.prompt_tokens - decision.saved_tokens)
+        size = write_size(own_tokens, decision.expected_output_tokens, request.priority)
         headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size}
         if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
             headers[PREFIXES] = prefixes
@@ -177,7 +188,10 @@ class Dispatcher:
         flight = self.router.fleet.ledger.find(flight_id)
         known = flight.request if flight else orphan
         request = known or RoutedRequest(
-            flight_id, arrived.prompt_tokens, block_hashes=PrefixIndex.with_entries(arrived.prefixes)
+            flight_id,
+            arrived.prompt_tokens,
+            block_hashes=PrefixIndex.with_entries(arrived.prefixes),
+            priority=arrived.priority,
         )
         self.router.adopt(request, replica_id, arrived.expected_output_tokens)
 

@@ -4,6 +4,7 @@ alone: a client's own are stripped.
 
 from collections.abc import Sequence
 
+from engine import MAX_PRIORITY
 from serving.routing import Decision
 
 FLIGHT = "x-serve-router-flight"
@@ -13,7 +14,7 @@ REPLY_TO = "x-serve-router-reply-to"
 ROUTE = "x-serve-router-route"
 """The choice explained, as `describe` writes it."""
 SIZE = "x-serve-router-size"
-"""prompt tokens/expected output tokens, as the router counts them."""
+"""prompt tokens/expected output tokens/priority, as the router counts them."""
 PREFIXES = "x-serve-router-prefixes"
 """The prompt's entries in a `PrefixIndex`, for the routers that did not see it: hexadecimal, dots between."""
 REFUSE = "x-serve-router-refuse"
@@ -49,6 +50,21 @@ def read_prefixes(value: str) -> list[int]:
         return [int(entry, 16) for entry in value.split(".")] if value else []
     except ValueError:
         return []
+
+
+def write_size(prompt_tokens: int, expected_output_tokens: int, priority: int) -> str:
+    return f"{prompt_tokens}/{expected_output_tokens}/{priority}"
+
+
+def read_size(value: str) -> tuple[int, int, int]:
+    """Prompt tokens, expected output tokens, priority; the smallest ones for what `write_size` does not
+    write.
+    """
+    parts = value.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        return 1, 0, 0
+    prompt, output, priority = map(int, parts)
+    return prompt, output, min(priority, MAX_PRIORITY)
 
 
 def predicted_ttft_s(route: str) -> float | None:

@@ -32,6 +32,7 @@ class Arrived:
     flight_id: str
     prompt_tokens: int
     expected_output_tokens: int
+    priority: int = 0
     prefixes: list[int] = field(default_factory=list)
     """The prompt's entries in a `PrefixIndex`."""
 

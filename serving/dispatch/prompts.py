@@ -41,6 +41,7 @@ def routed_request(flight_id: str, body: bytes, num_bytes: int, tiers: Mapping[s
         or _positive(fields.get("max_tokens")),
         block_hashes=prompt.block_hashes,
         kind=RequestKind.BATCH if tier and tier.ttft_s > _INTERACTIVE_TTFT_S else RequestKind.INTERACTIVE,
+        priority=tier.priority if tier else 0,
         ttft_budget_s=tier.ttft_s if tier else None,
     )
 

@@ -15,6 +15,7 @@ from serving.dispatch.headers import (
     SIZE,
     predicted_ttft_s,
     read_prefixes,
+    read_size,
 )
 from serving.dispatch.messages import Arrived, Ended, EndReason, FirstToken, Hello, Message, Report, encode
 
@@ -93,7 +94,8 @@ class RouterLinks:
             self._links = {address: link for address, link in self._links.items() if not link.is_closed}
             known = [message for flight in self._open.values() for message in flight.history()]
             self._links[reply_to] = _Link(reply_to, self._hello, self._report, known)
-        arrived = Arrived(flight_id, *_size(headers), read_prefixes(headers.get(PREFIXES, "")))
+        size = read_size(headers.get(SIZE, ""))
+        arrived = Arrived(flight_id, *size, read_prefixes(headers.get(PREFIXES, "")))
         flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)
         self._open[flight_id] = flight
         return flight
@@ -107,11 +109,6 @@ class RouterLinks:
             self._open.pop(message.flight_id, None)
         for link in self._links.values():
             link.send(message)
-
-
-def _size(headers: Mapping[str, str]) -> tuple[int, int]:
-    prompt, _, output = headers.get(SIZE, "").partition("/")
-    return (int(prompt) if prompt.isdigit() else 1), (int(output) if output.isdigit() else 0)
 
 
 def refusal_wait_s(headers: Mapping[str, str]) -> float | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from engine import MAX_PRIORITY
 from serving.routing.requests import RoutedRequest
 
 IntArray = npt.NDArray[np.int64]
@@ -55,9 +56,11 @@ class Ledger:
     """
 
     max_replicas: int
-    in_flight: IntArray = field(init=False)  # [slots], requests
+    in_flight_from: IntArray = field(init=False)  # [priorities, slots], requests at least so important
+    pending_from: IntArray = field(init=False)  # [priorities, slots], their prompt tokens still to compute
+    in_flight: IntArray = field(init=False)  # [slots], requests; the last row of `in_flight_from`
     active_decodes: IntArray = field(init=False)  # [slots], requests past their first token
-    pending_prefill: IntArray = field(init=False)  # [slots], prompt tokens still to compute
+    pending_prefill: IntArray = field(init=False)  # [slots], prompt tokens still to compute; as well
     expected_output: IntArray = field(init=False)  # [slots], tokens
     saved_tokens: IntArray = field(init=False)  # [slots], prompt tokens expected in the prefix cache
     kv_tokens: IntArray = field(init=False)  # [slots]
@@ -68,7 +71,11 @@ class Ledger:
         def zeros() -> IntArray:
             return np.zeros(self.max_replicas, np.int64)
 
-        self.in_flight, self.active_decodes, self.pending_prefill = zeros(), zeros(), zeros()
+        self.in_flight_from, self.pending_from = (
+            np.zeros((MAX_PRIORITY + 1, self.max_replicas), np.int64) for _ in range(2)
+        )
+        self.in_flight, self.pending_prefill = self.in_flight_from[-1], self.pending_from[-1]
+        self.active_decodes = zeros()
         self.expected_output, self.saved_tokens, self.kv_tokens = zeros(), zeros(), zeros()
         self._head_tokens, self._head_since_s = zeros(), np.zeros(self.max_replicas)
         self._flights: dict[str, Flight] = {}
@@ -88,7 +95,7 @@ class Ledger:
             return False
         self._flights[request_id] = flight
         self._count(flight, 1)
-        self.pending_prefill[flight.slot] += flight.prefill_tokens
+        self.pending_from[flight.request.priority :, flight.slot] += flight.prefill_tokens
         queue = self._prefilling[flight.slot]
         queue[request_id] = flight
         if len(queue) == 1:
@@ -122,26 +129,30 @@ class Ledger:
         ids = [request_id for request_id, flight in self._flights.items() if flight.slot == slot]
         return [flight for request_id in ids if (flight := self.close(request_id, now_s)) is not None]
 
-    def remaining_prefill(self, num_slots: int, now_s: float, tokens_per_s: FloatArray) -> FloatArray:
-        """Pending prompt tokens, less what the oldest prompt's progress must be by now. [num_slots]
+    def remaining_prefill(
+        self, num_slots: int, now_s: float, tokens_per_s: FloatArray, priority: int = MAX_PRIORITY
+    ) -> FloatArray:
+        """Pending prompt tokens of requests that are at least so important, less what the oldest prompt's
+        progress must be by now. [num_slots]
 
         Between its start and its first token a prompt's progress is not seen, so it is taken from the rate.
         A quarter of the oldest prompt stays however long it takes: a hung replica must not look idle.
         """
-        head = self._head_tokens[:num_slots]
+        pending = self.pending_from[priority, :num_slots]
+        # The oldest may be a less important one, which counts for nothing here.
+        head = np.minimum(self._head_tokens[:num_slots], pending)
         progress = (now_s - self._head_since_s[:num_slots]) * tokens_per_s
-        remaining: FloatArray = self.pending_prefill[:num_slots] - np.minimum(progress, 0.75 * head)
-        return remaining
+        return np.subtract(pending, np.minimum(progress, 0.75 * head), dtype=np.float64)
 
     def _count(self, flight: Flight, sign: int) -> None:
         slot = flight.slot
-        self.in_flight[slot] += sign
+        self.in_flight_from[flight.request.priority :, slot] += sign
         self.expected_output[slot] += sign * flight.expected_output_tokens
         self.saved_tokens[slot] += sign * flight.saved_tokens
         self.kv_tokens[slot] += sign * flight.kv_tokens
 
     def _leave_prefill(self, flight: Flight, now_s: float) -> None:
-        self.pending_prefill[flight.slot] -= flight.prefill_tokens
+        self.pending_from[flight.request.priority :, flight.slot] -= flight.prefill_tokens
         queue = self._prefilling[flight.slot]
         was_head = next(iter(queue.values())) is flight
         del queue[flight.request.request_id]

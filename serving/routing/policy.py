@@ -72,17 +72,23 @@ class LatencyPolicy:
         own = np.maximum(request.prompt_tokens - saved, 1).astype(np.float64)
 
         foreign_prefill, foreign_active, foreign_kv = fleet.foreign(now_s)
-        active = ledger.active_decodes[:n] + foreign_active
+        # No more than there are places: those beyond wait, or gave way.
+        active = np.minimum(ledger.active_decodes[:n] + foreign_active, cost.max_num_seqs)
         kv = ledger.kv_tokens[:n] + foreign_kv
         slowness = self.residuals.ttft_factors(n, now_s)
         step = cost.decode_step_s(active, kv)
-        ahead = ledger.remaining_prefill(n, now_s, cost.prefill_rate(step) / slowness) + foreign_prefill
+        rate = cost.prefill_rate(step) / slowness
+        ahead = ledger.remaining_prefill(n, now_s, rate, request.priority) + foreign_prefill
 
         in_flight = ledger.in_flight[:n]
-        raw_tpot = cost.decode_step_s(in_flight + foreign_active + 1, kv + request.prompt_tokens)
+        beside = np.minimum(in_flight + foreign_active + 1, cost.max_num_seqs)
+        raw_tpot = cost.decode_step_s(beside, kv + request.prompt_tokens)
         tpot = raw_tpot * self.residuals.tpot_factors(n, now_s)
         raw_ttft = cost.ttft_s(ahead, own, step, active) + cost.admission_wait_s(
-            in_flight, kv, request.prompt_tokens, self.lengths.mean * raw_tpot
+            ledger.in_flight_from[request.priority, :n],
+            kv,
+            request.prompt_tokens,
+            self.lengths.mean * raw_tpot,
         )
         ttft = raw_ttft * slowness
 

@@ -28,6 +28,7 @@ class RoutedRequest:
     prompt_tokens: length of the prompt, tokens.
     max_output_tokens: the client's limit, tokens; None where it gave none.
     block_hashes: chain hashes of the prompt's full blocks (`prefix_index.chain_hashes`).
+    priority: 0 is the most important; engines serve those of smaller numbers first where places run out.
     ttft_budget_s: seconds from now in which the first token is due; None where nothing was promised.
     failed_on: replicas that failed this request before; it goes elsewhere if there is an elsewhere.
     """
@@ -37,6 +38,7 @@ class RoutedRequest:
     max_output_tokens: int | None = None
     block_hashes: Sequence[int] = ()
     kind: RequestKind = RequestKind.INTERACTIVE
+    priority: int = 0
     ttft_budget_s: float | None = None
     failed_on: frozenset[str] = frozenset()
 

@@ -152,6 +152,35 @@ async def test_the_errors_of_those_who_wait_for_a_place_are_not_those_of_who_tak
     admission.check_deadline(service("voice", 100.4), 120)
 
 
+async def test_forecasts_count_places_that_only_the_less_important_give():
+    admission = make_admission()
+    admission.max_num_seqs, admission.tokens_per_s = 2, 1000.0
+    arrival = admission.clock.now
+    for tier in ("voice", "batch"):  # an answer takes 0.4 s
+        gate = asyncio.Event()
+        stream, task = await _start(admission, gate, tier, 10)
+        gate.set()
+        await task
+        admission.clock.now += 0.4
+        assert [output async for output in stream] == [2]
+    admission.clock.now = arrival
+    open_ = [
+        await _start(admission, asyncio.Event(), tier, 1) for tier in ("voice", "batch", "batch", "voice")
+    ]
+    # Of two places voices have both: the next one waits for the first of two answers to end.
+    assert admission.predicted_ttft_s(Urgency(arrival + 1, 0), 8) == pytest.approx(0.01 + 0.2)
+    open_[0][1].cancel()
+    await asyncio.gather(open_[0][1], return_exceptions=True)
+    await open_[0][0].aclose()
+    assert admission.predicted_ttft_s(Urgency(arrival + 1, 0), 8) == pytest.approx(0.009)
+    assert admission.predicted_ttft_s(Urgency(arrival + 200, 4), 8) == pytest.approx(0.011 + 2 * 0.2)
+    for stream, task in open_[1:]:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await stream.aclose()
+    assert not admission._open
+
+
 async def test_kept_and_missed_deadlines_are_counted():
     admission = make_admission()
     for late_s in (0.1, 0.3):

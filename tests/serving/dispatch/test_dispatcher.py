@@ -47,7 +47,7 @@ def test_a_router_learns_of_prefixes_that_another_one_sent():
     body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
     answer = first.route(body, len(body))
     prefixes = read_prefixes(answer.headers[PREFIXES])
-    second.receive(answer.replica_id, Arrived(answer.headers[FLIGHT], 350, 16, prefixes))
+    second.receive(answer.replica_id, Arrived(answer.headers[FLIGHT], 350, 16, 3, prefixes))
     second.receive(answer.replica_id, FirstToken(answer.headers[FLIGHT]))
     second.receive(answer.replica_id, Ended(answer.headers[FLIGHT], "finished", 16))
     again = second.route(body, len(body))

@@ -11,7 +11,7 @@ from tests.serving.dispatch.helpers import hello, report
     [
         hello("SERVE_REPLICA::a#b#c"),
         Arrived("f", 4, 5),
-        Arrived("f", 4, 5, [7, 2**64 - 1]),
+        Arrived("f", 4, 5, 3, [7, 2**64 - 1]),
         FirstToken("f"),
         Ended("f", "failed", 3),
         report(9),

@@ -3,9 +3,11 @@
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import MAX_PRIORITY
 from serving.routing import Decision, Overloaded, ReplicaStats, Router
 from tests.serving.routing.helpers import assert_empty, counters, make_router, request
 
@@ -34,6 +36,11 @@ def check_books(router: Router) -> None:
         sums["saved_tokens"][flight.slot] += flight.saved_tokens
         sums["kv_tokens"][flight.slot] += flight.kv_tokens
     assert counters(router) == sums
+    for priority in range(MAX_PRIORITY + 1):
+        flights = [f for f in ledger._flights.values() if f.request.priority <= priority]
+        waiting = [f for f in flights if f.first_token_at_s is None]
+        assert ledger.in_flight_from[priority].sum() == len(flights)
+        assert ledger.pending_from[priority].sum() == sum(f.prefill_tokens for f in waiting)
     n = router.fleet.num_slots
     remaining = ledger.remaining_prefill(n, router._clock(), np.full(n, 1000.0))
     assert (remaining >= 0).all()
@@ -53,7 +60,10 @@ def apply(router: Router, clock, event: tuple[str, int, int, float]) -> None:
         case "dispatch":
             if not is_open:
                 hashes = [(which % 2, i) for i in range(tokens // 16)]
-                answer = router.route(request(request_id, tokens + 1, block_hashes=[hash(h) for h in hashes]))
+                own = request(
+                    request_id, tokens + 1, block_hashes=[hash(h) for h in hashes], priority=tokens % 10
+                )
+                answer = router.route(own)
                 assert isinstance(answer, Decision | Overloaded)
                 if isinstance(answer, Overloaded):
                     assert answer.predicted_wait_s >= 0
@@ -153,3 +163,19 @@ def test_the_oldest_prompt_progresses_but_never_vanishes():
     assert ledger.remaining_prefill(1, clock.now_s, rate).tolist() == [200.0]
     router.first_token("a")
     assert ledger.remaining_prefill(1, clock.now_s, rate).tolist() == [100.0]
+
+
+def test_less_important_prompts_are_not_ahead_of_more_important_ones():
+    router, _, clock = make_router(1)
+    ledger = router.fleet.ledger
+    router.route(request("a", 400, priority=3))
+    router.route(request("b", 100, priority=1))
+    rate = np.array([1000.0])
+    assert [ledger.remaining_prefill(1, clock.now_s, rate, p).item() for p in (0, 1, 2, 3)] == [
+        0,
+        100,
+        100,
+        500,
+    ]
+    clock.now_s += 0.05
+    assert ledger.remaining_prefill(1, clock.now_s, rate, 1).item() == pytest.approx(50)

@@ -49,6 +49,19 @@ def test_work_counts_and_not_requests():
     assert busy not in others
 
 
+def test_the_urgent_go_where_the_fewest_urgent_are():
+    router, _, _ = make_router(2, cost=dataclasses.replace(ROOMY, max_num_seqs=2))
+    urgent = [sent_to(router, f"voice{i}", 100, priority=0) for i in range(2)]
+    assert set(urgent) == {"r0", "r1"}
+    router.first_token("voice0")
+    router.finished("voice0", 10)
+    free = urgent[0]
+    for i in range(12):  # batch work fills the replica without voice, and waits there
+        router.adopt(request(f"batch{i}", 100, priority=4), free, 10)
+    assert sent_to(router, "voice2", 100, priority=0) == free
+    assert sent_to(router, "batch", 100, priority=4) != free
+
+
 def test_stale_statistics_do_not_make_a_herd():
     router, _, clock = make_router(8, cost=ROOMY)
     for i in range(8):  # one looks idle and the others busy, and no newer report comes
