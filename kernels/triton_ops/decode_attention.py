@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.kv_cache import is_fp8
 from kernels.prefill import BLOCK_TOKENS, Activations, Bound, Form, Product, Tokens, empty_tiled
 from kernels.triton_ops import kv_cache
-from kernels.triton_ops.early_launch import early, start_next, wait_for_kernel_before, wait_for_results
+from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.kv_cache import exponent_of, power, scale_to_codes
 from kernels.triton_ops.prefill_append import rope_and_append
 from kernels.triton_ops.rows import FORMS, load_product, tiled_place
@@ -90,58 +90,6 @@ def rotated(
         first *= inverse * tl.load(norm_ptr + half)
         second *= inverse * tl.load(norm_ptr + HALF + half)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
-
-
-@triton.jit
-def load_keys(
-    k_cache_ptr, k_exponent_ptr, v_cache_ptr, v_exponent_ptr, blocks_ptr, block_stride, kv_at, low, end,
-    DIM: tl.constexpr, KEYS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IS_FP8: tl.constexpr,
-):  # fmt: skip
-    """Cached keys `low` and on: both halves [KEYS, DIM / 2], values [KEYS, DIM], exponents [KEYS] of both."""
-    HALF: tl.constexpr = DIM // 2
-    key = low + tl.arange(0, KEYS)
-    is_key = key < end
-    block = tl.load(blocks_ptr + key // BLOCK_TOKENS, is_key, other=0).to(tl.int64)
-    block_at = block * block_stride + kv_at
-    offset = (block_at + (key % BLOCK_TOKENS) * DIM)[:, None]
-    # Beyond the end the cache holds anything, also NaN, which no probability of zero takes away.
-    mask = is_key[:, None]
-    half, at_dim = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
-    keys_first = tl.load(k_cache_ptr + offset + half, mask, other=0.0)
-    keys_second = tl.load(k_cache_ptr + offset + HALF + half, mask, other=0.0)
-    values = tl.load(v_cache_ptr + offset + at_dim, mask, other=0.0)
-    k_exponents, v_exponents = key, key
-    if IS_FP8:
-        at_exponent = block_at + key % BLOCK_TOKENS
-        k_exponents = tl.load(k_exponent_ptr + at_exponent, is_key, other=0).to(tl.int32)
-        v_exponents = tl.load(v_exponent_ptr + at_exponent, is_key, other=0).to(tl.int32)
-    return keys_first, keys_second, values, k_exponents, v_exponents
-
-
-@triton.jit
-def add_keys(
-    largest, total, acc, first, second, keys_first, keys_second, values, k_exponents, v_exponents,
-    low, end, position, window, scale, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_FP8: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """One step of the running softmax [ROWS] and its sum of values [ROWS, DIM] over `load_keys`."""
-    key = low + tl.arange(0, KEYS)
-    scores = tl.dot(first, tl.trans(keys_first.to(DTYPE)))
-    scores = tl.dot(second, tl.trans(keys_second.to(DTYPE)), scores) * scale
-    if IS_FP8:
-        scores *= power(k_exponents)[None, :]
-    is_visible = (key < end)[None, :]
-    if HAS_WINDOW:
-        is_visible = is_visible & (position - key < window)[None, :]
-    scores = tl.where(is_visible, scores, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-    probs = tl.exp2(scores - new_largest[:, None])
-    shrink = tl.exp2(largest - new_largest)
-    total = total * shrink + tl.sum(probs, axis=1)
-    if IS_FP8:
-        probs *= power(v_exponents)[None, :]
-    acc = tl.dot(probs.to(DTYPE), values.to(DTYPE), acc * shrink[:, None])
-    return new_largest, total, acc
 
 
 @triton.jit
@@ -219,12 +167,7 @@ def attend_part(
     FORM: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    # What the kernels since the step's first one, which is not early, do not write is read before the wait:
-    # positions, tables, and (where they append nothing) the cache.
-    if APPENDS:
-        start_next(IS_EARLY)
-    else:
-        wait_for_kernel_before(IS_EARLY)
+    wait_for_kernel_before(IS_EARLY)
     HALF: tl.constexpr = DIM // 2
     DTYPE: tl.constexpr = FP8_OPERANDS if IS_FP8 else k_cache_ptr.dtype.element_ty
     token, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -243,21 +186,14 @@ def attend_part(
         )
         cos = tl.load(cos_ptr + position.to(tl.int64) * HALF + half)
         sin = tl.load(sin_ptr + position.to(tl.int64) * HALF + half)
-        blocks_ptr = table_ptr + tl.load(rows_ptr + token).to(tl.int64) * table_stride
-        kv_at = kv_head * HEAD_STRIDE
-        block_stride = num_kv_heads * HEAD_STRIDE
-        low = begin + part * size
-        keys_first, keys_second, values, k_exponents, v_exponents = load_keys(
-            k_cache_ptr, k_exponent_ptr, v_cache_ptr, v_exponent_ptr, blocks_ptr, block_stride, kv_at,
-            low, end, DIM, KEYS, BLOCK_TOKENS, IS_FP8,
-        )  # fmt: skip
-        if APPENDS:
-            wait_for_results(IS_EARLY)
         first, second = rotated(
             qkv_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, q_norm_ptr, token,
             (kv_head * GROUP + at_row) * DIM + half, (at_row < GROUP) & (half < HALF), width, half, cos, sin,
             eps, DTYPE, SPLITS, HALF, HAS_SCALES, HAS_BIAS, HAS_Q_NORM,
         )  # fmt: skip
+        blocks_ptr = table_ptr + tl.load(rows_ptr + token).to(tl.int64) * table_stride
+        kv_at = kv_head * HEAD_STRIDE
+        block_stride = num_kv_heads * HEAD_STRIDE
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -301,19 +237,35 @@ def attend_part(
             largest = tl.sum(products, axis=1) * scale
             total += 1.0
             acc += value.to(tl.float32) * value_scale
-        largest, total, acc = add_keys(
-            largest, total, acc, first, second, keys_first, keys_second, values, k_exponents, v_exponents,
-            low, end, position, window, scale, KEYS, HAS_WINDOW, IS_FP8, DTYPE,
-        )  # fmt: skip
-        for i in range(low + KEYS, tl.minimum(low + size, end), KEYS):
-            keys_first, keys_second, values, k_exponents, v_exponents = load_keys(
-                k_cache_ptr, k_exponent_ptr, v_cache_ptr, v_exponent_ptr, blocks_ptr, block_stride, kv_at,
-                i, end, DIM, KEYS, BLOCK_TOKENS, IS_FP8,
-            )  # fmt: skip
-            largest, total, acc = add_keys(
-                largest, total, acc, first, second, keys_first, keys_second, values, k_exponents,
-                v_exponents, i, end, position, window, scale, KEYS, HAS_WINDOW, IS_FP8, DTYPE,
-            )  # fmt: skip
+        low = begin + part * size
+        for i in range(low, tl.minimum(low + size, end), KEYS):
+            key = i + tl.arange(0, KEYS)
+            is_key = key < end
+            block = tl.load(blocks_ptr + key // BLOCK_TOKENS, is_key, other=0).to(tl.int64)
+            block_at = block * block_stride + kv_at
+            offset = (block_at + (key % BLOCK_TOKENS) * DIM)[:, None]
+            # Beyond the end the cache holds anything, also NaN, which no probability of zero takes away.
+            mask = is_key[:, None]
+            keys = tl.load(k_cache_ptr + offset + half, mask, other=0.0)
+            scores = tl.dot(first, tl.trans(keys.to(DTYPE)))
+            keys = tl.load(k_cache_ptr + offset + HALF + half, mask, other=0.0)
+            scores = tl.dot(second, tl.trans(keys.to(DTYPE)), scores) * scale
+            if IS_FP8:
+                at_exponent = block_at + key % BLOCK_TOKENS
+                scores *= power(tl.load(k_exponent_ptr + at_exponent, is_key, other=0))[None, :]
+            is_visible = is_key[None, :]
+            if HAS_WINDOW:
+                is_visible = is_visible & (position - key < window)[None, :]
+            scores = tl.where(is_visible, scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            probs = tl.exp2(scores - new_largest[:, None])
+            shrink = tl.exp2(largest - new_largest)
+            total = total * shrink + tl.sum(probs, axis=1)
+            values = tl.load(v_cache_ptr + offset + at_dim, mask, other=0.0)
+            if IS_FP8:
+                probs *= power(tl.load(v_exponent_ptr + at_exponent, is_key, other=0))[None, :]
+            acc = tl.dot(probs.to(DTYPE), values.to(DTYPE), acc * shrink[:, None])
+            largest = new_largest
         mean = acc / total[:, None]
         head = kv_head * GROUP + at_row
         is_row = at_row < GROUP
@@ -332,15 +284,12 @@ def attend_part(
             store_head(
                 out_ptr, mean, token, head * DIM + at_dim, is_row, inverse, padded, num_heads * DIM, FORM
             )
-    else:
-        if APPENDS:
-            wait_for_results(IS_EARLY)
-        if (position < 0) & (part == 0):
-            at_row, at_dim = tl.arange(0, ROWS)[:, None], tl.arange(0, DIM)[None, :]
-            zeros = tl.zeros((ROWS, DIM), tl.float32)
-            at = (kv_head * GROUP + at_row) * DIM + at_dim
-            width = num_kv_heads * GROUP * DIM
-            store_head(out_ptr, zeros, token, at, at_row < GROUP, inverse, padded, width, FORM)
+    elif (position < 0) & (part == 0):
+        at_row, at_dim = tl.arange(0, ROWS)[:, None], tl.arange(0, DIM)[None, :]
+        zeros = tl.zeros((ROWS, DIM), tl.float32)
+        at = (kv_head * GROUP + at_row) * DIM + at_dim
+        width = num_kv_heads * GROUP * DIM
+        store_head(out_ptr, zeros, token, at, at_row < GROUP, inverse, padded, width, FORM)
 
 
 def attend_next(

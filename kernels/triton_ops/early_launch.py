@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel's blocks start while the kernel before still runs, and wait there.
 
 So a launch's latency is hidden, and a product (src/prompt.cu) reads its first weights meanwhile. Every kernel
-of such a chain waits before it writes anything or reads what the chain writes, also a block with nothing to
-do: a kernel that has ended then tells that all before it have.
+of such a chain waits before it reads or writes anything, also a block with nothing to do: a kernel that has
+ended then tells that all before it have.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -17,19 +17,8 @@ import triton.language as tl
 @triton.jit
 def wait_for_kernel_before(IS_EARLY: tl.constexpr):
     """To be called first."""
-    start_next(IS_EARLY)
-    wait_for_results(IS_EARLY)
-
-
-@triton.jit
-def start_next(IS_EARLY: tl.constexpr):
     if IS_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_results(IS_EARLY: tl.constexpr):
-    if IS_EARLY:
         tl.extra.cuda.gdc_wait()
 
 
