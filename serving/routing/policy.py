@@ -40,9 +40,9 @@ class LatencyPolicySettings:
 class LatencyPolicy:
     """Predicts TTFT and TPOT of the request on every replica that no gate closes, and takes the lowest score.
 
-    Among near ties it draws two and takes the one with fewer requests in flight (power of two choices: Azar
-    et al., "Balanced allocations", 1999; Mitzenmacher, IEEE TPDS 12(10), 2001), so that several routers with
-    the same statistics do not all pick the same replica.
+    Among near ties it draws two and takes the one with fewer requests in flight that are at least as
+    important (power of two choices: Azar et al., "Balanced allocations", 1999; Mitzenmacher, IEEE TPDS 12(10),
+    2001), so that several routers with the same statistics do not all pick the same replica.
 
     rng: seeded by the owner where decisions must repeat.
     """
@@ -80,12 +80,12 @@ class LatencyPolicy:
         rate = cost.prefill_rate(step) / slowness
         ahead = ledger.remaining_prefill(n, now_s, rate, request.priority) + foreign_prefill
 
-        in_flight = ledger.in_flight[:n]
+        in_flight, as_important = ledger.in_flight[:n], ledger.in_flight_from[request.priority, :n]
         beside = np.minimum(in_flight + foreign_active + 1, cost.max_num_seqs)
         raw_tpot = cost.decode_step_s(beside, kv + request.prompt_tokens)
         tpot = raw_tpot * self.residuals.tpot_factors(n, now_s)
         raw_ttft = cost.ttft_s(ahead, own, step, active) + cost.admission_wait_s(
-            ledger.in_flight_from[request.priority, :n],
+            as_important,
             kv,
             request.prompt_tokens,
             self.lengths.mean * raw_tpot,
@@ -99,7 +99,7 @@ class LatencyPolicy:
             return self._overloaded(may_go, ttft, n, now_s)
 
         score = np.where(admitted, self._score(request, ttft, output * tpot), np.inf)
-        slot, runner_up, reason = self._pick(score, in_flight)
+        slot, runner_up, reason = self._pick(score, as_important)
         if saved[slot] > 0:
             reason += f", {saved[slot]} prompt tokens cached"
         return Choice(
