@@ -41,8 +41,8 @@ class LatencyPolicy:
     """Predicts TTFT and TPOT of the request on every replica that no gate closes, and takes the lowest score.
 
     Among near ties it draws two and takes the one with fewer requests in flight that are at least as
-    important (power of two choices: Azar et al., "Balanced allocations", 1999; Mitzenmacher, IEEE TPDS 12(10),
-    2001), so that several routers with the same statistics do not all pick the same replica.
+    important (power of two choices: Azar et al., "Balanced allocations", 1999; Mitzenmacher, IEEE TPDS
+    12(10), 2001), so that several routers with the same statistics do not all pick the same replica.
 
     rng: seeded by the owner where decisions must repeat.
     """
