@@ -1,8 +1,6 @@
 """Products of 16 to some hundred tokens straight from packed weights (src/prompt.cu)."""
 
 import ctypes
-import functools
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +14,9 @@ from kernels.prefill import Activations, Bound, Product, empty_tiled
 
 MAX_SPLITS = 8
 _TILES = (16, 32, 64, 128)  # of tokens, that a block may take
-_NARROW, _NARROW_ROWS = 16, 128  # a tile of which blocks may have fewer rows
 _PAIRED_TOKENS = 64  # two blocks of 128 rows share a multiprocessor up to this tile, else one
 _MIN_WIDE_BLOCKS = 100  # of 256 rows
 _MIN_UNITS = 2  # of a part of K
-# What a block of few tokens costs, in units of weights: the activations of one unit, and its start and end.
-_ACTIVATIONS, _START = 2, 8
 
 
 def can_multiply(weight: DeviceWeight) -> bool:
@@ -138,30 +133,8 @@ def plan(num_tokens: int, n: int, num_units: int, *, is_gated: bool = False) -> 
     """
     tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
     most = 1 if is_gated else max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
-    if tile == _NARROW:
-        return Cut(tile, *_narrow_plan(n, num_units, most, 2 * TILE_ROWS if is_gated else TILE_ROWS))
     tiles, slots = -(-num_tokens // tile), num_blocks() * (2 if tile <= _PAIRED_TOKENS else 1)
     is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
     rows = 256 if is_wide else 128
     splits = min(most, max(1, slots // (tiles * -(-n // rows))))
-    return Cut(tile, rows, _even(num_units, splits))
-
-
-@functools.cache
-def _narrow_plan(n: int, num_units: int, most: int, step: int) -> tuple[int, int]:
-    """Rows of a block, a multiple of `step`, and parts of K: two blocks a multiprocessor, equally busy."""
-    slots = 2 * num_blocks()
-
-    def cost(rows: int, splits: int) -> tuple[int, int]:
-        units = -(-num_units // splits)
-        waves = -(-(-(-n // rows) * splits) // slots)
-        return waves * (units * (rows // TILE_ROWS + _ACTIVATIONS) + _START), splits
-
-    sizes = itertools.product(range(_NARROW_ROWS, 48, -step), range(1, most + 1))
-    rows, splits = min(sizes, key=lambda size: cost(*size))
-    return rows, _even(num_units, splits)
-
-
-def _even(num_units: int, splits: int) -> int:
-    """At most so many parts, as even as they can be."""
-    return -(-num_units // -(-num_units // splits))
+    return Cut(tile, rows, -(-num_units // -(-num_units // splits)))  # as even as they can be
