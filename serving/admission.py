@@ -32,8 +32,8 @@ class _Pending:
 
 
 @dataclass(slots=True)
-class _Surplus:
-    """What is added to a forecast: moving mean and mean deviation of what it left out."""
+class _Error:
+    """Of forecasts: moving mean and mean deviation."""
 
     mean_s: float = 0.0
     deviation_s: float = 0.0
@@ -74,9 +74,7 @@ class Admission:
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _open: dict[int, int] = field(default_factory=dict)  # priorities of those in the engine
     _answer_s: dict[int, float] = field(default_factory=dict)  # by priority, from first to last output
-    _paces: defaultdict[int, _Surplus] = field(default_factory=lambda: defaultdict(_Surplus))
-    """By priority, seconds for each token that was asked for."""
-    _errors: defaultdict[int, _Surplus] = field(default_factory=lambda: defaultdict(_Surplus))  # by priority
+    _errors: defaultdict[int, _Error] = field(default_factory=lambda: defaultdict(_Error))  # by priority
 
     @contextmanager
     def place(self, service: Service) -> Iterator[None]:
@@ -115,45 +113,26 @@ class Admission:
         answer_s = max((s for p, s in self._answer_s.items() if p <= priority), default=0.0)
         return max(0, num_missing) / self.max_num_seqs * answer_s
 
-    def check_deadline(self, service: Service, num_tokens: int, max_new_tokens: int | None = None) -> None:
-        """Raises ApiError 429 for a request that asked not to be answered late, and would be.
-
-        max_new_tokens: the answer's length that was asked for; None leaves its end out.
-        """
+    def check_deadline(self, service: Service, num_tokens: int) -> None:
+        """Raises ApiError 429 for a request that asked not to be answered late, and would be."""
         if not service.refuses_late:
             return
         predicted = self.predicted_ttft_s(service.urgency, num_tokens)
         if predicted > 0:
             allowance_s = self._errors[service.urgency.priority].allowance_s(self.clock())
             predicted = max(0.0, predicted + allowance_s)
-        now = self.clock()
-        self._refuse_late(
-            now + predicted - service.urgency.deadline,
-            f"The first token may take {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
-            f"within {service.ttft_s * 1e3:.0f} ms of the request's arrival",
-        )
-        if service.end_deadline is not None and max_new_tokens is not None:
-            answer_s = (max_new_tokens - 1) * self._paces[service.urgency.priority].allowance_s(now)
-            total_s = predicted + answer_s
-            self._refuse_late(
-                now + total_s - service.end_deadline,
-                f"The whole answer may take {total_s * 1e3:.0f} ms, too long for tier '{service.tier}'",
+        late_s = self.clock() + predicted - service.urgency.deadline
+        if late_s > 0:
+            self.recorder.record_refusal("deadline")
+            self.attainment.add(False, self.clock())
+            raise overloaded(
+                f"The first token may take {predicted * 1e3:.0f} ms, tier '{service.tier}' promises it "
+                f"within {service.ttft_s * 1e3:.0f} ms of the request's arrival; retry later.",
+                max(self.settings.retry_after_s, math.ceil(late_s)),
             )
 
-    def _refuse_late(self, late_s: float, reason: str) -> None:
-        """Nothing where it is not late at all."""
-        if late_s <= 0:
-            return
-        self.recorder.record_refusal("deadline")
-        self.attainment.add(False, self.clock())
-        raise overloaded(f"{reason}; retry later.", max(self.settings.retry_after_s, math.ceil(late_s)))
-
     async def watch(
-        self,
-        outputs: AsyncGenerator[T, None],
-        service: Service,
-        num_tokens: int,
-        max_new_tokens: int | None = None,
+        self, outputs: AsyncGenerator[T, None], service: Service, num_tokens: int
     ) -> AsyncGenerator[T, None]:
         """The same outputs; what waits for its first one counts in the forecasts of others."""
         key, now, urgency = id(outputs), self.clock(), service.urgency
@@ -171,8 +150,6 @@ class Admission:
             answer_s = self.clock() - first_at
             known_s = self._answer_s.setdefault(urgency.priority, answer_s)
             self._answer_s[urgency.priority] = known_s + _WEIGHT * (answer_s - known_s)
-            if max_new_tokens is not None and max_new_tokens > 1:
-                self._paces[urgency.priority].observe(answer_s / (max_new_tokens - 1), self.clock())
         finally:
             self._pending.pop(key, None)
             self._open.pop(key, None)

@@ -22,8 +22,6 @@ class Tier(BaseModel):
 
     ttft_s: float = Field(gt=0, le=3600)
     """From arrival to the first token; waiting requests start earliest deadline first."""
-    total_s: float | None = Field(default=None, gt=0, le=3600)
-    """From arrival to the last token; None: no such deadline."""
     priority: int = Field(ge=0, le=MAX_PRIORITY)
     """Running requests of a larger number give their memory to those of smaller ones."""
     refuses_late: bool = False
@@ -35,8 +33,8 @@ class Tier(BaseModel):
 TIERS: Mapping[str, Tier] = {
     "voice": Tier(ttft_s=0.2, priority=0, refuses_late=True),
     # A suggestion is worth 500 ms, half of which its first token may take; so with an agent's second.
-    "copilot": Tier(ttft_s=0.25, total_s=0.5, priority=1, refuses_late=True),
-    "agent": Tier(ttft_s=0.5, total_s=1.0, priority=2, refuses_late=True, max_load=0.95),
+    "copilot": Tier(ttft_s=0.25, priority=1, refuses_late=True),
+    "agent": Tier(ttft_s=0.5, priority=2, refuses_late=True, max_load=0.95),
     "default": Tier(ttft_s=5.0, priority=3, max_load=0.9),
     "batch": Tier(ttft_s=120.0, priority=4, max_load=0.8),
 }
@@ -51,8 +49,6 @@ class Service:
     refuses_late: bool
     max_load: float
     urgency: Urgency
-    end_deadline: float | None = None
-    """time.monotonic() at which the last token is due."""
 
 
 def tier_named(tiers: Mapping[str, Tier], name: object) -> Tier | None:
@@ -81,8 +77,7 @@ def choose_service(
     if (given := headers.get(SLO_HEADER)) is not None:
         ttft_s, refuses_late = _milliseconds(given) / 1e3, True
     urgency = Urgency(arrival_time + ttft_s, tier.priority)
-    end_deadline = None if tier.total_s is None else arrival_time + tier.total_s
-    return Service(chosen, ttft_s, refuses_late, tier.max_load, urgency, end_deadline)
+    return Service(chosen, ttft_s, refuses_late, tier.max_load, urgency)
 
 
 def _milliseconds(text: str) -> float:

@@ -105,13 +105,11 @@ async def respond(
     with state.admit(service) as engine:
         job, presenter = await prepare(engine)
         num_tokens = sum(map(len, job.prompts))
-        max_new_tokens = job.params.max_tokens
-        state.admission.check_deadline(service, num_tokens, max_new_tokens)
+        state.admission.check_deadline(service, num_tokens)
         outputs = state.admission.watch(
             generate_all(engine, job.prompts, job.params, job.request_id, arrival, service.urgency),
             service,
             num_tokens,
-            max_new_tokens,
         )
         if not is_stream:
             try:

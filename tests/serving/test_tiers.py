@@ -181,25 +181,6 @@ async def test_forecasts_count_places_that_only_the_less_important_give():
     assert not admission._open
 
 
-async def test_an_answer_too_long_for_its_tier_is_refused():
-    admission = make_admission()
-    admission.tokens_per_s = 1000.0
-    for _ in range(20):  # 10 tokens in 0.36 s
-        gate = asyncio.Event()
-        admission.clock.now = 100.0
-        stream = admission.watch(_outputs(gate), service("copilot"), 10, 10)
-        gate.set()
-        await anext(stream)
-        admission.clock.now += 0.36
-        assert [output async for output in stream] == [2]
-    arrival = admission.clock.now
-    admission.check_deadline(service("copilot", arrival), 20, 10)
-    admission.check_deadline(service("copilot", arrival), 20, None)
-    with pytest.raises(ApiError, match="whole answer"):
-        admission.check_deadline(service("copilot", arrival), 20, 14)
-    admission.check_deadline(service("voice", arrival), 20, 1000)  # has a deadline for its first token only
-
-
 async def test_kept_and_missed_deadlines_are_counted():
     admission = make_admission()
     for late_s in (0.1, 0.3):
