@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 
 _FP16_TFLOPS = 768  # dense matrix rate of the same card, measured
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_PARAMETERS = {"8b": 7.5e9, "70b": 69.5e9, "123b": 122.2e9, "180b": 178.5e9}  # of the matrices that a step multiplies by
+# Of the matrices that a step multiplies by.
+_PARAMETERS = {"8b": 7.5e9, "70b": 69.5e9, "123b": 122.2e9, "180b": 178.5e9}
 
 
 def draw(target: Path, ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
