@@ -27,14 +27,18 @@ def draw(target: Path, ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -
         1, len(shapes), figsize=(4.2 * len(shapes), 3.6), layout="constrained", squeeze=False
     )
     for axes, shape in zip(panels[0], shapes, strict=True):
-        own = [r for r in decoded if r["shape"] == shape]
-        bits, floor = own[0]["bits"], own[0]["floor_ms"]
+        own = sorted((r for r in decoded if r["shape"] == shape), key=lambda r: r["batch"])
         compute = _FP16_TFLOPS * 1e12 / (2 * _PARAMETERS[shape])
-        axes.plot(_BATCHES, [min(b / floor * 1e3, compute) for b in _BATCHES], "k-", label="roof")
-        axes.plot([r["batch"] for r in own], [r["tok_s"] for r in own], "o-", label=f"peregrine, {bits} bits")
-        for kernel in dict.fromkeys(r["kernel"] for r in peer if r["shape"] == shape):
+        for color, bits in enumerate(dict.fromkeys(r["bits"] for r in own)):
+            rows = [r for r in own if r["bits"] == bits]
+            roof = [min(b / rows[0]["floor_ms"] * 1e3, compute) for b in _BATCHES]
+            axes.plot(_BATCHES, roof, "-", color=f"C{color}", alpha=0.5, label=f"roof, {bits} bits")
+            places = [r["batch"] for r in rows], [r["tok_s"] for r in rows]
+            axes.plot(*places, "o-", color=f"C{color}", label=f"peregrine, {bits} bits")
+        for number, kernel in enumerate(dict.fromkeys(r["kernel"] for r in peer if r["shape"] == shape)):
             rows = [r for r in peer if r["shape"] == shape and r["kernel"] == kernel and "tok_s" in r]
-            axes.plot([r["batch"] for r in rows], [r["tok_s"] for r in rows], "x--", label=f"vLLM {kernel}")
+            places = [r["batch"] for r in rows], [r["tok_s"] for r in rows]
+            axes.plot(*places, "x--", color=f"C{3 + number}", label=f"vLLM {kernel}")
         axes.set(title=shape, xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
         axes.legend(fontsize=7)
     figure.savefig(target, metadata={"Date": None})
