@@ -1,5 +1,6 @@
 """EngineCore: the synchronous loop of schedule, run, update."""
 
+import math
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
 
 _PROFILE_RUNS = 3  # of a chunk's size; the first one may load kernels
+_PROFILE_S = 0.05  # a longer one is not repeated: what disturbs it counts for little
 
 
 class EngineCore:
@@ -62,7 +64,7 @@ class EngineCore:
     def warm_up(self) -> None:
         """Do all first-call work, and measure what prompt chunks take, where steps are to be sized by it."""
         self.runner.warm_up()
-        if self.scheduler.pacer.target_s is not None:
+        if self.scheduler.pacer.target_s not in (None, math.inf):
             self.scheduler.pacer.profile = {n: self._chunk_s(n) for n in self.runner.chunk_sizes}
 
     def add_request(self, message: AddRequest) -> None:
@@ -110,8 +112,8 @@ class EngineCore:
         )
         request.block_ids = list(range(-(-(num_tokens + 1) // self.kv_cache.block_size)))
         plan = SchedulerOutput((ScheduledRequest(request, 0, num_tokens),))
-        times = []
-        for _ in range(_PROFILE_RUNS):
+        times: list[float] = []
+        while len(times) < _PROFILE_RUNS and sum(times) < _PROFILE_S:
             start = time.monotonic()
             self.runner.execute(plan)
             times.append(time.monotonic() - start)
