@@ -1,4 +1,4 @@
-"""Products of 16 to some hundred tokens straight from packed weights (src/prompt.cu)."""
+"""Products of some to some hundred tokens straight from packed weights (src/prompt.cu)."""
 
 import ctypes
 from dataclasses import dataclass, replace

@@ -2,8 +2,8 @@
 
 A program takes a sequence, a KV head with its query heads (GQA packed: they are rows of one product), and a
 part of the context (split-KV, Dao et al. 2023). It rotates its queries itself; the first part's program also
-rotates the new key, appends it with the value, and begins with them. Which program of a
-sequence and head is the last one to end merges their parts, always in the same order.
+rotates the new key, appends it with the value, and begins with them. Whichever of a head's programs ends last
+merges the parts, always in the same order.
 """
 # mypy: disable-error-code="no-untyped-def"
 

@@ -1,9 +1,10 @@
-// Products of 16 to some hundred tokens straight from packed weights, on Hopper's warpgroup tensor cores in float16.
+// Products of some to some hundred tokens straight from packed weights, on Hopper's tensor cores in float16.
 //
-// A block computes 128 or 256 rows of the matrix for a tile of tokens: 8 or 16 warps unpack a tile of 16 rows each, 32
-// columns at a time, into registers, which are operand A as they lie there (warpgroups, wgmma). One warp streams packed
-// units, another one activations through rings in shared memory. So weights are read as packed, once for a tile of tokens,
-// and the first of them before the kernel before has ended (programmatic dependent launch): they depend on nothing.
+// A block computes 128 or 256 rows of the matrix for a tile of tokens: 8 or 16 warps unpack a tile of 16 rows each into
+// registers, which are operand A as they lie there: of a warpgroup's products (prompt_wgmma.cuh), or of up to 16 tokens of a
+// warp's own (prompt_mma.cuh). One warp streams packed units, another one activations through rings in shared memory. So
+// weights are read as packed, once for a tile of tokens, and the first of them before the kernel before has ended
+// (programmatic dependent launch): they depend on nothing.
 //
 // Activations: float16 [4 * units][padded tokens][64], 64 columns a line, in the order of the weights' fragments (column
 // 8 q + 4 h + 2 i + j of 32 at 16 h + 8 j + 2 q + i), 16-byte pieces swizzled by the token (kernels/prefill.py).
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int kMaxRing = 16;
 constexpr int kInFlight = 2;  // units of weights that a block waits for
-constexpr int kPadding = 4;  // floats behind a token's row of results: no bank conflicts
+constexpr int kPadding = 4;   // floats behind a token's row of results: no bank conflicts
 // Of a multiprocessor's 228 KB a block takes 1 KB more; and barriers, and what aligns the rings.
 constexpr int kSharedBytes = (228 - 1 - 2) * 1024, kHalfSharedBytes = (114 - 1 - 2) * 1024;
 
