@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine import MAX_PRIORITY
 from serving.routing.fleet import Fleet
 from serving.routing.gates import BoolArray, ErrorGate, kv_admits
 from serving.routing.ledger import Flight, FloatArray, IntArray
@@ -58,7 +59,9 @@ class LatencyPolicy:
         settings: LatencyPolicySettings | None = None,
     ) -> None:
         self.cost = cost
-        self.residuals = Residuals(max_replicas)
+        # By priority: what the less important wait for the more important, who take their places, says
+        # nothing about how soon a replica begins with these.
+        self.residuals = [Residuals(max_replicas) for _ in range(MAX_PRIORITY + 1)]
         self.lengths = OutputLengths()
         self.errors = ErrorGate(max_replicas)
         self.prefixes = PrefixIndex(max_replicas, max_prefix_blocks)
@@ -75,7 +78,8 @@ class LatencyPolicy:
         # No more than there are places: those beyond wait, or gave way.
         active = np.minimum(ledger.active_decodes[:n] + foreign_active, cost.max_num_seqs)
         kv = ledger.kv_tokens[:n] + foreign_kv
-        slowness = self.residuals.ttft_factors(n, now_s)
+        residuals = self.residuals[request.priority]
+        slowness = residuals.ttft_factors(n, now_s)
         step = cost.decode_step_s(active, kv)
         rate = cost.prefill_rate(step) / slowness
         ahead = ledger.remaining_prefill(n, now_s, rate, request.priority) + foreign_prefill
@@ -83,7 +87,7 @@ class LatencyPolicy:
         in_flight, as_important = ledger.in_flight[:n], ledger.in_flight_from[request.priority, :n]
         beside = np.minimum(in_flight + foreign_active + 1, cost.max_num_seqs)
         raw_tpot = cost.decode_step_s(beside, kv + request.prompt_tokens)
-        tpot = raw_tpot * self.residuals.tpot_factors(n, now_s)
+        tpot = raw_tpot * residuals.tpot_factors(n, now_s)
         raw_ttft = cost.ttft_s(ahead, own, step, active) + cost.admission_wait_s(
             as_important,
             kv,
@@ -122,7 +126,7 @@ class LatencyPolicy:
         request_id, slot = flight.request.request_id, flight.slot
         if outcome is Outcome.FINISHED:
             self.errors.finished(request_id, slot, now_s)
-            self.residuals.observe(flight, output_tokens, now_s)
+            self.residuals[flight.request.priority].observe(flight, output_tokens, now_s)
             self.lengths.observe(output_tokens)
         elif outcome is Outcome.FAILED:
             self.errors.failed(request_id, slot, now_s)
@@ -133,7 +137,8 @@ class LatencyPolicy:
             self.prefixes.forget(slot, flight.request.block_hashes, flight.saved_tokens)
 
     def replica_removed(self, slot: int) -> None:
-        self.residuals.reset(slot)
+        for residuals in self.residuals:
+            residuals.reset(slot)
         self.errors.reset(slot)
         self.prefixes.clear(slot)
 

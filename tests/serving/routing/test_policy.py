@@ -75,6 +75,18 @@ def test_ties_of_the_urgent_go_to_the_fewer_urgent():
     assert {sent_to(router, f"q{i}", 1, priority=0) for i in range(2)} == {"r1"}
 
 
+def test_what_batch_waits_for_does_not_make_a_replica_slow_for_voice():
+    router, policy, clock = make_router(2, cost=ROOMY)
+    for i in range(40):  # on r0 it is always made to wait
+        replica_id = sent_to(router, f"batch{i}", 100, priority=4)
+        clock.now_s += 9.0 if replica_id == "r0" else 0.03
+        router.first_token(f"batch{i}")
+        router.finished(f"batch{i}", 1)
+    factors = [policy.residuals[p].ttft_factors(2, clock.now_s) for p in (0, 4)]
+    assert factors[0].tolist() == [1.0, 1.0]
+    assert factors[1][0] > 1.2 * factors[1][1]
+
+
 def test_stale_statistics_do_not_make_a_herd():
     router, _, clock = make_router(8, cost=ROOMY)
     for i in range(8):  # one looks idle and the others busy, and no newer report comes
@@ -136,7 +148,7 @@ def test_failures_and_aborts_teach_the_residual_nothing():
         router.first_token(f"q{i}")
         end(f"q{i}")
         clock.now_s += 100
-    assert policy.residuals.ttft_factors(1, clock.now_s).tolist() == [1.0]
+    assert policy.residuals[0].ttft_factors(1, clock.now_s).tolist() == [1.0]
 
 
 @settings(max_examples=60, deadline=None)
