@@ -17,6 +17,7 @@ from engine.outputs import (
     PositionLogprobs,
     RequestOutput,
     RequestTimings,
+    StepTimes,
     TokenLogprob,
 )
 from engine.sampling_params import SamplingParams
@@ -39,6 +40,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "StepTimes",
     "TokenLogprob",
     "Urgency",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
+from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepTimes
 from engine.sampling_params import SamplingParams
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -59,6 +59,10 @@ class InferenceEngine(Protocol):
 
     def drain_timings(self) -> list[RequestTimings]:
         """Timings of the choices finished since the last call."""
+        ...
+
+    def drain_step_times(self) -> StepTimes:
+        """What the steps since the last call took. Grows until it is called."""
         ...
 
     async def check_health(self) -> None:

@@ -23,7 +23,7 @@ from engine.messages import (
     StepOutputs,
 )
 from engine.output_processor import OutputProcessor
-from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings
+from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepKind, StepTimes
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.urgency import NOT_URGENT, Urgency
@@ -55,6 +55,7 @@ class AsyncEngine:
         self._pongs: dict[int, asyncio.Future[None]] = {}
         self._ping_numbers = itertools.count()
         self._stats: EngineStats | None = None
+        self._steps: list[tuple[StepKind, float]] = []
         self._carrier: CoreCarrier = start_core(config, self._deliver_from_thread)
 
     @classmethod
@@ -140,6 +141,10 @@ class AsyncEngine:
     def drain_timings(self) -> list[RequestTimings]:
         return self._processor.drain_timings()
 
+    def drain_step_times(self) -> StepTimes:
+        steps, self._steps = self._steps, []
+        return StepTimes(self._processor.drain_gaps(), tuple(steps))
+
     async def check_health(self) -> None:
         """Raises EngineDeadError when the core stopped or does not answer within 30 s."""
         if self._failure is not None:
@@ -203,7 +208,7 @@ class AsyncEngine:
                 sequences.discard(sequence_id)
             stream.put_nowait(output)
 
-        self._processor.add(sequence_id, request_id, index, prompt, own, arrival, deliver)
+        self._processor.add(sequence_id, request_id, index, prompt, own, arrival, deliver, urgency)
         self._carrier.send(AddRequest(sequence_id, prompt, own, arrival, urgency))
 
     def _drop(self, request_id: str) -> None:
@@ -226,6 +231,8 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._stats = message.stats
+                if message.kind is not None:
+                    self._steps.append((message.kind, message.stats.last_step_s))
                 stopped = self._processor.process(message.outputs, message.time or time.monotonic())
                 if stopped:
                     self._abort_sequences(set(stopped))

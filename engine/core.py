@@ -103,7 +103,8 @@ class EngineCore:
         if self._last_plan is not None:
             # With a step in flight, a call takes as long as the step whose results it waits for.
             self.scheduler.observe(self._last_plan, self._last_step_s)
-        return StepOutputs(end, tuple(outputs), self.stats())
+        kind = self._last_plan.kind if self._last_plan is not None else None
+        return StepOutputs(end, tuple(outputs), self.stats(), kind)
 
     def _chunk_s(self, num_tokens: int) -> float:
         """Seconds of a step of so many tokens of a prompt; writes into the KV cache's first blocks."""

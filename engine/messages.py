@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.outputs import EngineStats, FinishReason, ModelInfo
+from engine.outputs import EngineStats, FinishReason, ModelInfo, StepKind
 from engine.sampling_params import SamplingParams
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -57,12 +57,13 @@ class TokenOutput:
 class StepOutputs:
     """Everything one step brought: a sequence's tokens in order, several where drafts were accepted.
 
-    `time` is time.monotonic() when the step's tokens were known.
+    `time` is time.monotonic() when the step's tokens were known. `kind` is None where no step was made.
     """
 
     time: float
     outputs: tuple[TokenOutput, ...]
     stats: EngineStats
+    kind: StepKind | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """From tokens to what the client sees: text, stop strings, logprobs, timings. One state per choice."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from engine.messages import RawLogprobs, TokenOutput
 from engine.outputs import FinishReason, PositionLogprobs, RequestOutput, RequestTimings
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from engine.urgency import NOT_URGENT, Urgency
 
 
 class StopStringMatcher:
@@ -47,6 +49,7 @@ class _Choice:
     params: SamplingParams
     prompt_token_ids: tuple[int, ...]
     arrival_time: float
+    urgency: Urgency
     detokenizer: IncrementalDetokenizer
     matcher: StopStringMatcher
     deliver: Callable[[RequestOutput], None]
@@ -69,6 +72,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._choices: dict[str, _Choice] = {}
         self._timings: list[RequestTimings] = []
+        self._gaps: Counter[tuple[str, float]] = Counter()
 
     @property
     def sequence_ids(self) -> Iterable[str]:
@@ -83,6 +87,7 @@ class OutputProcessor:
         params: SamplingParams,
         arrival_time: float,
         deliver: Callable[[RequestOutput], None],
+        urgency: Urgency = NOT_URGENT,
     ) -> None:
         """Expect outputs of a sequence; `deliver` gets every RequestOutput of it."""
         self._choices[sequence_id] = _Choice(
@@ -91,6 +96,7 @@ class OutputProcessor:
             params=params,
             prompt_token_ids=prompt_token_ids,
             arrival_time=arrival_time,
+            urgency=urgency,
             detokenizer=IncrementalDetokenizer(self._tokenizer),
             matcher=StopStringMatcher(params.stop),
             deliver=deliver,
@@ -103,6 +109,11 @@ class OutputProcessor:
     def drain_timings(self) -> list[RequestTimings]:
         timings, self._timings = self._timings, []
         return timings
+
+    def drain_gaps(self) -> Mapping[tuple[str, float], int]:
+        """`StepTimes.gaps` since the last call."""
+        gaps, self._gaps = self._gaps, Counter()
+        return gaps
 
     def process(self, outputs: Iterable[TokenOutput], time: float) -> list[str]:
         """Deliver a step's outputs. Returns the sequences that a stop string ended, for the core to abort."""
@@ -125,7 +136,7 @@ class OutputProcessor:
         text = ""
         token_ids: tuple[int, ...] = ()
         if output.token_id is not None:
-            _note_time(choice, time)
+            self._note_time(choice, time)
             token_ids = (output.token_id,)
             choice.num_output_tokens += 1
             # A token that ended the sequence by its id is not part of the text.
@@ -155,9 +166,19 @@ class OutputProcessor:
                 prompt_logprobs=self._prompt_positions(output.prompt_logprobs),
                 finish_reason=finish_reason,
                 stop_reason=stop_reason,
+                first_scheduled_s=choice.first_scheduled_time,
             )
         )
         return finish_reason is not None
+
+    def _note_time(self, choice: _Choice, time: float) -> None:
+        if choice.last_token_time is None:
+            choice.first_token_time = time
+        else:
+            gap_s = time - choice.last_token_time
+            choice.itl_s.append(gap_s)
+            self._gaps[choice.urgency.tier, gap_s] += 1
+        choice.last_token_time = time
 
     def _position(self, raw: RawLogprobs) -> PositionLogprobs:
         described = [self._tokenizer.describe(token_id, logprob) for token_id, logprob in raw]
@@ -167,14 +188,6 @@ class OutputProcessor:
         self, raw: tuple[RawLogprobs, ...] | None
     ) -> tuple[PositionLogprobs | None, ...] | None:
         return None if raw is None else (None, *(self._position(entry) for entry in raw))
-
-
-def _note_time(choice: _Choice, time: float) -> None:
-    if choice.last_token_time is None:
-        choice.first_token_time = time
-    else:
-        choice.itl_s.append(time - choice.last_token_time)
-    choice.last_token_time = time
 
 
 def _timings_of(choice: _Choice, finish_reason: FinishReason, time: float) -> RequestTimings:
@@ -189,4 +202,6 @@ def _timings_of(choice: _Choice, finish_reason: FinishReason, time: float) -> Re
         ttft_s=None if first is None else first - choice.arrival_time,
         e2e_s=time - choice.arrival_time,
         itl_s=tuple(choice.itl_s),
+        tier=choice.urgency.tier,
+        is_in_time=first is not None and first <= choice.urgency.deadline,
     )

@@ -1,9 +1,12 @@
 """What leaves the engine: plain frozen data, no tensors, picklable."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+StepKind = Literal["decode", "mixed", "prefill"]
+"""By whether a step computed prompt tokens: none, beside decodes, or alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class RequestOutput:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    first_scheduled_s: float | None = None
+    """time.monotonic() of the choice's first step; None where the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,22 @@ class RequestTimings:
     ttft_s: float | None
     e2e_s: float
     itl_s: tuple[float, ...]
+    tier: str = ""
+    is_in_time: bool = False
+    """The first token came before the request's deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What steps took, added up since the last time that somebody asked. Seconds.
+
+    gaps: (tier, time between two neighbouring tokens of a sequence) -> tokens. The sequences of a step share
+        their gap, so that there are about as many entries as steps.
+    steps: kind and duration of each.
+    """
+
+    gaps: Mapping[tuple[str, float], int] = field(default_factory=dict)
+    steps: tuple[tuple[StepKind, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.kv_cache_manager import KVCacheManager
+from engine.outputs import StepKind
 from engine.pacing import StepPacer
 from engine.request import Request, RequestStatus
 from engine.speculation import Drafter, DraftPolicy
@@ -63,6 +64,12 @@ class SchedulerOutput:
     def num_prompt_tokens(self) -> int:
         own = (s.num_scheduled_tokens - len(s.draft_token_ids) for s in self.scheduled)
         return sum(n for n in own if n > 1)
+
+    @property
+    def kind(self) -> StepKind:
+        if self.num_prompt_tokens == 0:
+            return "decode"
+        return "mixed" if self.num_decodes else "prefill"
 
 
 class Scheduler:

@@ -15,6 +15,7 @@ class Urgency:
     Args:
         deadline: time.monotonic() at which the first token is due; infinite where nothing was agreed on.
         priority: 0 (never gives way to others) to 9.
+        tier: among whose figures the request counts; the engine makes nothing of it.
 
     Raises:
         ParameterError: naming the field.
@@ -22,6 +23,7 @@ class Urgency:
 
     deadline: float = math.inf
     priority: int = 0
+    tier: str = ""
 
     def __post_init__(self) -> None:
         if math.isnan(self.deadline):

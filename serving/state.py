@@ -97,6 +97,7 @@ class ReplicaState:
     def collect(self) -> None:
         if self._engine is not None:
             self.recorder.record_stats(self._engine.stats(), self.admission.num_inflight)
+            self.recorder.record_steps(self._engine.drain_step_times())
             for timings in self._engine.drain_timings():
                 self.recorder.record_timings(timings)
 

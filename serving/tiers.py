@@ -76,7 +76,7 @@ def choose_service(
     ttft_s, refuses_late = tier.ttft_s, tier.refuses_late
     if (given := headers.get(SLO_HEADER)) is not None:
         ttft_s, refuses_late = _milliseconds(given) / 1e3, True
-    urgency = Urgency(arrival_time + ttft_s, tier.priority)
+    urgency = Urgency(arrival_time + ttft_s, tier.priority, chosen)
     return Service(chosen, ttft_s, refuses_late, tier.max_load, urgency)
 
 

@@ -19,6 +19,7 @@ from engine import (
     RequestOutput,
     RequestTimings,
     SamplingParams,
+    StepTimes,
     Urgency,
 )
 from engine.urgency import NOT_URGENT
@@ -138,6 +139,9 @@ class TimedEngine:
     def drain_timings(self) -> list[RequestTimings]:
         timings, self._timings = self._timings, []
         return timings
+
+    def drain_step_times(self) -> StepTimes:
+        return StepTimes()
 
     async def check_health(self) -> None:
         if self._is_hung:

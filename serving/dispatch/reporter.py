@@ -51,7 +51,7 @@ class Flight:
         self.ttft_s = now_s - self._arrival_s
         self._send(FirstToken(self._arrived.flight_id))
         if (predicted_s := predicted_ttft_s(self.route)) and self.ttft_s > 0:
-            self._recorder.record_prediction(self.ttft_s / predicted_s)
+            self._recorder.record_prediction(predicted_s, self.ttft_s)
 
     def ended(self, reason: EndReason, output_tokens: int = 0) -> None:
         if not self.has_ended:
