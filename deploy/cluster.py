@@ -156,8 +156,16 @@ def deploy(
         config.engine, config.serving, factory or start_async_engine, has_router=has_router
     )
     if has_router:
-        router = build_router(config.routing, config.serving.tiers, deployment.name)
-        router._bound_deployment._version = _version_of(config.routing, config.serving.tiers)
+        router = build_router(
+            config.routing,
+            config.serving.tiers,
+            deployment.name,
+            metrics=config.serving.metrics,
+            target_replicas=cluster.autoscaling.min_replicas if cluster.autoscaling else cluster.replicas,
+        )
+        router._bound_deployment._version = _version_of(
+            config.routing, config.serving.tiers, config.serving.metrics
+        )
         application = application._with_ingress_request_router(router)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
     _run(application, name=APP_NAME, route_prefix="/", _blocking=False)

@@ -13,12 +13,14 @@ from ray import serve
 
 from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
+from monitoring.bandwidth import device_bandwidth
+from monitoring.exporter import Exporter
 from serving.app import create_app
 from serving.dispatch.deployment import QUIET
 from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
 from serving.settings import ServingSettings
-from serving.state import ReplicaState
+from serving.state import ReplicaState, package_version
 from serving.stream_guard import StreamGuard
 
 EngineFactory = Callable[[EngineConfig], Awaitable[InferenceEngine]]
@@ -55,13 +57,15 @@ class Replica:
         """
         replica_id = serve.get_replica_context().replica_id
         self._config = config
-        recorder = Recorder()
+        recorder = Recorder(settings.tiers)
+        self._exporter = Exporter(settings.metrics, recorder.registry)
         self._name = replica_id.to_full_id_str()
         self._links = RouterLinks(self._hello, self._report, recorder) if has_router else None
         self._is_hung = False
         self._guard = StreamGuard()
         self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
         self._engine = await factory(config)
+        self._describe(recorder)
         self._state.admission.max_num_seqs = config.max_num_seqs
         self._state.ready(self._engine)
         self._publisher = asyncio.create_task(self._state.publish_stats())
@@ -84,6 +88,14 @@ class Replica:
         except TimeoutError:
             self._is_hung = True
             raise EngineDeadError(f"the engine has made no step for {limit_s:g} s") from None
+
+    def _describe(self, recorder: Recorder) -> None:
+        config, engine = self._config, self._engine
+        bandwidth = device_bandwidth(config.device, config.num_threads, recorder.registry)
+        num_blocks = engine.stats().num_blocks
+        recorder.describe(
+            self._state.replica, package_version(), engine.model, config.block_size, num_blocks, bandwidth
+        )
 
     def _hello(self) -> Hello:
         config, stats = self._config, self._engine.stats()
@@ -129,6 +141,7 @@ class Replica:
             await self._links.close()
         await self._engine.shutdown()
         self._guard.close()
+        self._exporter.close()
 
 
 def build_deployment(settings: ServingSettings, drain_s: float) -> serve.Deployment:

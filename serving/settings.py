@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from monitoring.exporter import MetricsSettings
 from serving.tiers import TIERS, Tier
 
 
@@ -29,6 +30,9 @@ class ServingSettings(BaseModel):
     """What a refused client is told to wait."""
     tiers: Mapping[str, Tier] = Field(default_factory=lambda: dict(TIERS), validate_default=True)
     """Service tiers by name; those given here replace or extend the built-in ones."""
+
+    metrics: MetricsSettings = MetricsSettings()
+    """Addresses for Prometheus, one of each replica and router."""
 
     @field_validator("tiers", mode="before")
     @classmethod

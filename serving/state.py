@@ -53,9 +53,11 @@ class ReplicaState:
     def ready(self, engine: InferenceEngine) -> None:
         """The engine is loaded and warm: requests may come."""
         self._engine = engine
+        self.recorder.record_ready(True)
 
     def start_draining(self) -> None:
         self._is_draining = True
+        self.recorder.record_ready(False)
 
     @property
     def engine(self) -> InferenceEngine:

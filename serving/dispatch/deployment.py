@@ -21,6 +21,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from monitoring import RouterRecorder
+from monitoring.exporter import Exporter, MetricsSettings
 from serving.dispatch.dispatcher import Dispatcher
 from serving.dispatch.listener import Listener
 from serving.dispatch.settings import INITIAL_COST, RoutingSettings, create_policy
@@ -39,7 +41,12 @@ class RequestRouter:
     """Chooses the replica of each request; neither requests nor tokens pass through it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: RoutingSettings, tiers: Mapping[str, Tier], replicas: str
+        self,
+        settings: RoutingSettings,
+        tiers: Mapping[str, Tier],
+        replicas: str,
+        *,
+        metrics: MetricsSettings,
     ) -> None:
         """replicas: name of the deployment, in this application, that serves the requests."""
         policy = create_policy(settings.policy, random.Random())
@@ -49,8 +56,10 @@ class RequestRouter:
             tiers,
             time.monotonic,
             estimator,
+            recorder=RouterRecorder(),
             new_replica_delay_s=settings.new_replica_delay_s,
         )
+        self._exporter = Exporter(metrics, self._dispatcher.recorder.registry)
         self._listener = Listener(self._dispatcher)
         self._dispatcher.reply_to = await self._listener.start(ray.util.get_node_ip_address())
         listed = asyncio.Event()
@@ -61,6 +70,10 @@ class RequestRouter:
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(routes=[Route("/internal/route", self._route, methods=["POST"])])
+
+    def reconfigure(self, user_config: dict[str, int]) -> None:
+        """Serve calls it at the start and when the wish changes, without a new process."""
+        self._dispatcher.recorder.set_target(user_config["target_replicas"])
 
     def counters(self) -> dict[str, int]:
         """The ledger's sums, for tests and for the curious."""
@@ -78,6 +91,7 @@ class RequestRouter:
         while True:
             await asyncio.sleep(_SWEEP_PERIOD_S)
             self._dispatcher.sweep()
+            self._dispatcher.record_fleet()
 
     async def __del__(self) -> None:
         if not hasattr(self, "_sweeping"):
@@ -87,12 +101,21 @@ class RequestRouter:
         with contextlib.suppress(asyncio.CancelledError):
             await self._sweeping
         await self._listener.close()
+        self._exporter.close()
 
 
-def build_router(settings: RoutingSettings, tiers: Mapping[str, Tier], replicas: str) -> serve.Application:
+def build_router(
+    settings: RoutingSettings,
+    tiers: Mapping[str, Tier],
+    replicas: str,
+    *,
+    metrics: MetricsSettings | None = None,
+    target_replicas: int = 0,
+) -> serve.Application:
     """The application to attach to that of the deployment `replicas`.
 
-    How many run is the proxies' matter: RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE.
+    How many routers run is the proxies' matter: RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE.
+    target_replicas: how many of `replicas` are to run at least, for the metric of that name; 0 is unknown.
     """
     deployment = serve.deployment(
         RequestRouter,
@@ -104,8 +127,9 @@ def build_router(settings: RoutingSettings, tiers: Mapping[str, Tier], replicas:
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=10.0,
         logging_config=QUIET,
+        user_config={"target_replicas": target_replicas},
     )
-    return deployment.bind(settings, dict(tiers), replicas)
+    return deployment.bind(settings, dict(tiers), replicas, metrics=metrics or MetricsSettings())
 
 
 def _follow_replicas(dispatcher: Dispatcher, deployment: str, listed: asyncio.Event) -> Any:

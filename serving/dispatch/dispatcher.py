@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from monitoring import RouterRecorder
 from serving.dispatch.headers import (
     FLIGHT,
     PREFIXES,
@@ -55,6 +56,7 @@ class Dispatcher:
     tiers: Mapping[str, Tier]
     clock: Callable[[], float]
     estimator: CostEstimator | None = None
+    recorder: RouterRecorder = field(default_factory=RouterRecorder)
     reply_to: str = ""
     new_replica_delay_s: float = 0.0
     _listed_at_s: dict[str, float] = field(default_factory=dict)
@@ -65,14 +67,18 @@ class Dispatcher:
     _orphans: dict[str, tuple[float, RoutedRequest]] = field(default_factory=dict)
     """Of replicas that went: they may arrive elsewhere."""
     _progress: dict[str, _Progress] = field(default_factory=dict)
+    _reported_at_s: dict[str, float] = field(default_factory=dict)
+    """Of replicas whose connection stands."""
 
     def route(self, body: bytes, num_bytes: int) -> Answer | None:
         """None where there is no replica at all. `body` may be the beginning of `num_bytes` bytes."""
+        start_s = self.clock()
         self.sweep()
         flight_id = uuid.uuid4().hex
         request = routed_request(flight_id, body, num_bytes, self.tiers)
         decision = self.router.route(request)
         if isinstance(decision, Overloaded):
+            self.recorder.record_refusal(self.clock() - start_s)
             # The refusal has to be the API's: a replica writes it.
             candidates = self.router.fleet.replica_ids() or list(self._listed_at_s)
             if not candidates:
@@ -86,6 +92,7 @@ class Dispatcher:
         headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size}
         if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
             headers[PREFIXES] = prefixes
+        self.recorder.record_decision(self.router.policy.name, decision.reason, self.clock() - start_s)
         return Answer(decision.replica_id, headers)
 
     def list_replicas(self, replica_ids: Iterable[str]) -> None:
@@ -112,6 +119,7 @@ class Dispatcher:
         """
         if replica_id in self._listed_at_s:
             self._gone.add(replica_id)
+        self._reported_at_s.pop(replica_id, None)
         self._remove(replica_id)
         self._admit_listed()
 
@@ -162,6 +170,19 @@ class Dispatcher:
             "unseen": len(self._unseen),
         }
 
+    def record_fleet(self) -> None:
+        """Show the books as they are."""
+        now_s, fleet = self.clock(), self.router.fleet
+        ids = fleet.replica_ids()
+        num_stalled = sum(not fleet.is_healthy[fleet.slot(i)] for i in ids)
+        self.recorder.record_fleet(
+            num_listed=len(self._listed_at_s),
+            num_routable=len(ids) - num_stalled,
+            num_stalled=num_stalled,
+            num_inflight=len(fleet.ledger),
+            stats_age_s=now_s - min(self._reported_at_s.values(), default=now_s),
+        )
+
     def _admit_listed(self) -> None:
         now_s, fleet = self.clock(), self.router.fleet
         for replica_id, listed_at_s in self._listed_at_s.items():
@@ -200,9 +221,10 @@ class Dispatcher:
         return flight is not None and self.router.fleet.replica_id(flight.slot) == replica_id
 
     def _report(self, replica_id: str, report: Report) -> None:
+        now_s = self.clock()
+        self._reported_at_s[replica_id] = now_s
         if replica_id not in self.router.fleet:
             return
-        now_s = self.clock()
         waiting, running = report.num_waiting_tokens, report.num_running
         self.router.report(replica_id, ReplicaStats(now_s, waiting, running, report.kv_tokens))
         if self.estimator is not None:
