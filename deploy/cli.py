@@ -393,6 +393,23 @@ def bench_engine(
     report.publish(rows, f"Engine, {shape}", json_path)
 
 
+@bench.command("metrics")
+def bench_metrics(
+    json_path: JsonPath = None,
+    results: Annotated[
+        Path, typer.Option(help="Directory of engine.json and cpu.json, whose steps are compared with.")
+    ] = Path("docs/benchmarks"),
+) -> None:
+    """What metrics cost beside a decode step."""
+    from deploy.bench import metrics_cost, report
+
+    try:
+        rows = metrics_cost.run(results / "engine.json", results / "cpu.json")
+    except OSError as error:
+        raise fail(f"--results: {error}") from None
+    report.publish(rows, "Metrics beside a decode step", json_path)
+
+
 @bench.command("router")
 def bench_router(
     replicas: Annotated[str, typer.Option(help="Comma-separated.")] = "4,16",

@@ -17,6 +17,7 @@ from engine.outputs import (
     PositionLogprobs,
     RequestOutput,
     RequestTimings,
+    StepKind,
     StepTimes,
     TokenLogprob,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "StepKind",
     "StepTimes",
     "TokenLogprob",
     "Urgency",

@@ -1,12 +1,12 @@
 """From tokens to what the client sees: text, stop strings, logprobs, timings. One state per choice."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.messages import RawLogprobs, TokenOutput
 from engine.outputs import FinishReason, PositionLogprobs, RequestOutput, RequestTimings
 from engine.sampling_params import SamplingParams
+from engine.token_times import Gaps, TokenTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -50,15 +50,13 @@ class _Choice:
     prompt_token_ids: tuple[int, ...]
     arrival_time: float
     urgency: Urgency
+    times: TokenTimes
     detokenizer: IncrementalDetokenizer
     matcher: StopStringMatcher
     deliver: Callable[[RequestOutput], None]
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    last_token_time: float | None = None
-    itl_s: list[float] = field(default_factory=list)
 
 
 class OutputProcessor:
@@ -72,7 +70,7 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._choices: dict[str, _Choice] = {}
         self._timings: list[RequestTimings] = []
-        self._gaps: Counter[tuple[str, float]] = Counter()
+        self._gaps = Gaps()
 
     @property
     def sequence_ids(self) -> Iterable[str]:
@@ -97,6 +95,7 @@ class OutputProcessor:
             prompt_token_ids=prompt_token_ids,
             arrival_time=arrival_time,
             urgency=urgency,
+            times=TokenTimes(urgency.tier),
             detokenizer=IncrementalDetokenizer(self._tokenizer),
             matcher=StopStringMatcher(params.stop),
             deliver=deliver,
@@ -112,7 +111,7 @@ class OutputProcessor:
 
     def drain_gaps(self) -> Mapping[tuple[str, float], int]:
         """`StepTimes.gaps` since the last call."""
-        gaps, self._gaps = self._gaps, Counter()
+        gaps, self._gaps = self._gaps, Gaps()
         return gaps
 
     def process(self, outputs: Iterable[TokenOutput], time: float) -> list[str]:
@@ -136,7 +135,7 @@ class OutputProcessor:
         text = ""
         token_ids: tuple[int, ...] = ()
         if output.token_id is not None:
-            self._note_time(choice, time)
+            choice.times.note(time, self._gaps)
             token_ids = (output.token_id,)
             choice.num_output_tokens += 1
             # A token that ended the sequence by its id is not part of the text.
@@ -171,15 +170,6 @@ class OutputProcessor:
         )
         return finish_reason is not None
 
-    def _note_time(self, choice: _Choice, time: float) -> None:
-        if choice.last_token_time is None:
-            choice.first_token_time = time
-        else:
-            gap_s = time - choice.last_token_time
-            choice.itl_s.append(gap_s)
-            self._gaps[choice.urgency.tier, gap_s] += 1
-        choice.last_token_time = time
-
     def _position(self, raw: RawLogprobs) -> PositionLogprobs:
         described = [self._tokenizer.describe(token_id, logprob) for token_id, logprob in raw]
         return PositionLogprobs(described[0], tuple(described[1:]))
@@ -191,7 +181,7 @@ class OutputProcessor:
 
 
 def _timings_of(choice: _Choice, finish_reason: FinishReason, time: float) -> RequestTimings:
-    started, first = choice.first_scheduled_time, choice.first_token_time
+    started, first = choice.first_scheduled_time, choice.times.first
     return RequestTimings(
         request_id=choice.request_id,
         finish_reason=finish_reason,
@@ -201,7 +191,7 @@ def _timings_of(choice: _Choice, finish_reason: FinishReason, time: float) -> Re
         queue_wait_s=(started if started is not None else time) - choice.arrival_time,
         ttft_s=None if first is None else first - choice.arrival_time,
         e2e_s=time - choice.arrival_time,
-        itl_s=tuple(choice.itl_s),
+        itl_s=tuple(choice.times.itl_s),
         tier=choice.urgency.tier,
         is_in_time=first is not None and first <= choice.urgency.deadline,
     )

@@ -222,8 +222,9 @@ _ENGINE = (
         "peregrine_kv_cache_info",
         "gauge",
         "",
-        "Always 1; size of a block in tokens, and number of blocks.",
-        ("block_size", "num_blocks"),
+        "Always 1; size of a block in tokens, and number of blocks (on any device: the name is that of the "
+        "Gateway API's protocol).",
+        ("block_size", "num_gpu_blocks"),
     ),
     Metric("peregrine_replica_ready", "gauge", "", "1 once the model is loaded and warm, until it drains."),
     Metric(

@@ -116,7 +116,7 @@ def test_steps_are_taken_in_together_and_held_against_the_floor():
     assert found["peregrine_engine_step_seconds_count", (("kind", "decode"),)] == 2
     assert found["peregrine_decode_floor_seconds", ()] == pytest.approx(0.002)
     assert found["peregrine_decode_floor_ratio", ()] == pytest.approx(0.4)
-    assert found["peregrine_kv_cache_info", (("block_size", "16"), ("num_blocks", "10"))] == 1
+    assert found["peregrine_kv_cache_info", (("block_size", "16"), ("num_gpu_blocks", "10"))] == 1
 
 
 def test_a_counted_histogram_reads_as_prometheus_own_does():
