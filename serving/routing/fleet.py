@@ -103,8 +103,14 @@ class Fleet:
         if stats.published_at_s < self._published_at_s[slot]:
             return
         self._published_at_s[slot] = stats.published_at_s
+        # Requests past their first token that do not run gave way, and wait with all of their tokens again.
+        # They are taken to be twice as long as the mean: what is left over must be others' work, or all
+        # urgent requests would avoid, until the next report, who has just made room for some.
+        num_preempted = max(0, ledger.active_decodes[slot] - stats.active_decodes)
+        mean_tokens = ledger.kv_tokens[slot] / max(1, ledger.in_flight[slot])
+        waiting = stats.pending_prefill_tokens - 2 * num_preempted * mean_tokens
         self._foreign[:, slot] = (
-            max(0, stats.pending_prefill_tokens - ledger.pending_prefill[slot]),
+            max(0, waiting - ledger.pending_prefill[slot]),
             max(0, stats.active_decodes - ledger.active_decodes[slot]),
             max(0, stats.kv_tokens - ledger.kv_tokens[slot]),
         )

@@ -20,20 +20,23 @@ class LatencyPolicySettings:
     """
     answer_weight: seconds of TTFT that one second of a later end is worth, for interactive requests.
     lateness_weight: the same for a second beyond the request's own deadline.
-    tie_share, tie_s: scores within that of the best are ties.
+    tie_share, tie_steps, tie_s: scores within that share, those steps and seconds of the best are ties: when
+        a step begins on a replica is not known, and where all places are taken anyway, no score tells who
+        holds them.
     max_kv_share: no request is sent where it would fill the KV cache beyond this.
     """
 
     answer_weight: float = 0.1
     lateness_weight: float = 10.0
     tie_share: float = 0.03
+    tie_steps: float = 0.25
     tie_s: float = 0.0005
     max_kv_share: float = 0.97
 
     def __post_init__(self) -> None:
         if not 0 < self.max_kv_share <= 1:
             raise ValueError(f"max_kv_share must be in (0, 1], got {self.max_kv_share}")
-        for name in ("answer_weight", "lateness_weight", "tie_share", "tie_s"):
+        for name in ("answer_weight", "lateness_weight", "tie_share", "tie_steps", "tie_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -103,7 +106,7 @@ class LatencyPolicy:
             return self._overloaded(may_go, ttft, n, now_s)
 
         score = np.where(admitted, self._score(request, ttft, output * tpot), np.inf)
-        slot, runner_up, reason = self._pick(score, as_important)
+        slot, runner_up, reason = self._pick(score, step, as_important)
         if saved[slot] > 0:
             reason += f", {saved[slot]} prompt tokens cached"
         return Choice(
@@ -151,11 +154,15 @@ class LatencyPolicy:
             score += settings.lateness_weight * np.maximum(0.0, ttft - request.ttft_budget_s)
         return score
 
-    def _pick(self, score: FloatArray, in_flight: IntArray) -> tuple[int, int | None, str]:
+    def _pick(
+        self, score: FloatArray, step_s: FloatArray, in_flight: IntArray
+    ) -> tuple[int, int | None, str]:
         """Slot, runner-up where there is one, and the reason."""
         best = int(score.argmin())
         lowest = float(score[best])
-        ties = (score <= lowest * (1 + self._settings.tie_share) + self._settings.tie_s).nonzero()[0]
+        settings = self._settings
+        width_s = settings.tie_share * lowest + settings.tie_steps * float(step_s[best]) + settings.tie_s
+        ties = (score <= lowest + width_s).nonzero()[0]
         if len(ties) > 1:
             # Two of them: random.sample takes ten times as long for it.
             drawn = self._rng.randrange(len(ties))

@@ -75,6 +75,18 @@ def test_ties_of_the_urgent_go_to_the_fewer_urgent():
     assert {sent_to(router, f"q{i}", 1, priority=0) for i in range(2)} == {"r1"}
 
 
+def test_work_that_gave_way_is_not_taken_for_others_work():
+    router, _, clock = make_router(1, cost=ROOMY)
+    for i in range(4):
+        router.adopt(request(f"q{i}", 100), "r0", 20)
+        router.first_token(f"q{i}")
+    # Two of the four wait again, with what they have computed; nobody else's work is there.
+    router.report("r0", ReplicaStats(clock.now_s, 230, 2, 0))
+    assert router.fleet.foreign(clock.now_s)[0].tolist() == [0.0]
+    router.report("r0", ReplicaStats(clock.now_s, 1000, 4, 0))
+    assert router.fleet.foreign(clock.now_s)[0].tolist() == [1000.0]
+
+
 def test_what_batch_waits_for_does_not_make_a_replica_slow_for_voice():
     router, policy, clock = make_router(2, cost=ROOMY)
     for i in range(40):  # on r0 it is always made to wait
