@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,10 +54,20 @@ def serve(
         list[str] | None,
         typer.Option(help="Accepted API key; may be repeated.", envvar="PEREGRINE_API_KEY", show_envvar=True),
     ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info (a line for each request), warning or error.")
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the lines on standard output: auto (text on a terminal, else json), json, text."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API until Ctrl-C."""
     from deploy.config import ConfigError, load_config
     from deploy.models import ModelNotFoundError
+    from serving.telemetry.tracing import check_environment
 
     overrides: dict[str, dict[str, Any]] = {
         "engine": {
@@ -70,11 +81,13 @@ def serve(
         },
         "serving": {"api_keys": tuple(api_key) if api_key else None},
         "cluster": {"replicas": replicas, "host": host, "port": port},
+        "logs": {"level": log_level, "format": log_format},
     }
     given = {s: {k: v for k, v in values.items() if v is not None} for s, values in overrides.items()}
     try:
-        settings = load_config(config, given)
-    except ConfigError as error:
+        settings = _with_log_format(load_config(config, given))
+        check_environment(settings.traces)
+    except (ConfigError, ValueError) as error:
         raise fail(str(error)) from None
 
     from deploy.cluster import StartError, running_cluster
@@ -83,7 +96,7 @@ def serve(
     _stop_on_signals(stop, is_ready)
     try:
         status = console.status("Starting Ray Serve and loading the model (Ctrl-C stops)")
-        with status, running_cluster(settings) as url:
+        with status, running_cluster(settings, sys.stdout) as url:
             is_ready.set()
             status.stop()
             _print_ready(url, settings.engine.served_model_name or _name_of(settings.engine.model), settings)
@@ -96,6 +109,16 @@ def serve(
         raise fail(str(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _with_log_format(settings: Any) -> Any:
+    """`auto` decided here, where the terminal is: replicas have none."""
+    import dataclasses
+
+    if settings.logs.format != "auto":
+        return settings
+    chosen = "text" if sys.stdout.isatty() else "json"
+    return dataclasses.replace(settings, logs=settings.logs.model_copy(update={"format": chosen}))
 
 
 def _name_of(model: str) -> str:

@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
 from deploy import ray_environment
 from deploy.config import PeregrineConfig
+from deploy.log_relay import log_relay
 from deploy.models import resolve_model
 from engine import EngineConfig
 from serving.state import package_version
@@ -37,8 +38,10 @@ class StartError(Exception):
 
 
 @contextlib.contextmanager
-def running_cluster(config: PeregrineConfig) -> Iterator[str]:
+def running_cluster(config: PeregrineConfig, log_to: TextIO | None = None) -> Iterator[str]:
     """Start everything, yield the base URL when all replicas are warm, and shut down at the end.
+
+    log_to: gets the log lines of all processes; None: warnings alone, the way that Ray prints them.
 
     Raises:
         StartError: the port is in use, resources are short, or a replica failed; nothing is left running.
@@ -59,19 +62,22 @@ def running_cluster(config: PeregrineConfig) -> Iterator[str]:
     if num_gpus == 0:
         _check_memory(engine, model, cluster.max_replicas)
 
-    with started(dataclasses.replace(config, engine=engine), num_gpus) as url:
+    with started(dataclasses.replace(config, engine=engine), num_gpus, log_to=log_to) as url:
         yield url
 
 
 @contextlib.contextmanager
 def started(
-    config: PeregrineConfig, num_gpus: int = 0, factory: "EngineFactory | None" = None
+    config: PeregrineConfig,
+    num_gpus: int = 0,
+    factory: "EngineFactory | None" = None,
+    log_to: TextIO | None = None,
 ) -> Iterator[str]:
     """`running_cluster` for a configuration that is checked and resolved; `factory` as in `deploy`."""
     temporary = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         has_haproxy = ray_environment.prepare(config, temporary)
-        with own_ray(temporary, num_gpus):
+        with log_relay(temporary, log_to), own_ray(temporary, num_gpus):
             deploy(config, num_gpus, has_haproxy=has_haproxy, factory=factory)
             try:
                 yield f"http://{config.cluster.host}:{config.cluster.port}"
@@ -151,20 +157,25 @@ def deploy(
     )
     # Ray would take every deployment for a change of code and replace all replicas, also to scale.
     has_router = has_haproxy and config.routing.policy != "none"
-    deployment._version = _version_of(config.engine, config.serving, has_router)
+    deployment._version = _version_of(config.engine, config.serving, config.telemetry, has_router)
     application = deployment.bind(
-        config.engine, config.serving, factory or start_async_engine, has_router=has_router
+        config.engine,
+        config.serving,
+        factory or start_async_engine,
+        has_router=has_router,
+        telemetry=config.telemetry,
     )
     if has_router:
         router = build_router(
             config.routing,
             config.serving.tiers,
             deployment.name,
+            config.telemetry,
             metrics=config.serving.metrics,
             target_replicas=cluster.autoscaling.min_replicas if cluster.autoscaling else cluster.replicas,
         )
         router._bound_deployment._version = _version_of(
-            config.routing, config.serving.tiers, config.serving.metrics
+            config.routing, config.serving.tiers, config.telemetry, config.serving.metrics
         )
         application = application._with_ingress_request_router(router)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.

@@ -1,4 +1,4 @@
-"""The YAML configuration: four sections, each key checked, unknown ones refused with the nearest valid."""
+"""The YAML configuration: six sections, each key checked, unknown ones refused with the nearest valid."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engine import EngineConfig, ParameterError
-from serving import AutoscalingSettings, RoutingSettings, ServingSettings
+from serving import (
+    AutoscalingSettings,
+    LogSettings,
+    RoutingSettings,
+    ServingSettings,
+    TelemetrySettings,
+    TraceSettings,
+)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -48,9 +55,15 @@ class PeregrineConfig:
     serving: ServingSettings
     routing: RoutingSettings
     cluster: ClusterSettings
+    logs: LogSettings = dataclasses.field(default_factory=LogSettings)
+    traces: TraceSettings = dataclasses.field(default_factory=TraceSettings)
+
+    @property
+    def telemetry(self) -> TelemetrySettings:
+        return TelemetrySettings(logs=self.logs, traces=self.traces)
 
 
-_SECTIONS = ("engine", "serving", "routing", "cluster")
+_SECTIONS = ("engine", "serving", "routing", "cluster", "logs", "traces")
 
 
 def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
@@ -74,6 +87,8 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None =
         serving=_build(ServingSettings, sections["serving"], "serving"),
         routing=_build(RoutingSettings, sections["routing"], "routing"),
         cluster=_build(ClusterSettings, sections["cluster"], "cluster"),
+        logs=_build(LogSettings, sections["logs"], "logs"),
+        traces=_build(TraceSettings, sections["traces"], "traces"),
     )
 
 
@@ -109,7 +124,9 @@ def _build(kind: Any, values: dict[str, Any], section: str) -> Any:
         if isinstance(cause, ParameterError):  # a dataclass's own check
             raise ConfigError(f"{section}.{cause}") from None
         path = ".".join(str(part) for part in (section, *first["loc"]))
-        raise ConfigError(f"{path}: {first['msg']}, got {first['input']!r}") from None
+        # A key that is written wrongly is a key all the same.
+        given = "" if path.startswith("serving.api_keys") else f", got {first['input']!r}"
+        raise ConfigError(f"{path}: {first['msg']}{given}") from None
 
 
 def _check_known(key: Any, known: Any, prefix: str) -> None:

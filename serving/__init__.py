@@ -3,5 +3,13 @@
 from serving.autoscaling import AutoscalingSettings
 from serving.dispatch.settings import RoutingSettings
 from serving.settings import ServingSettings
+from serving.telemetry.settings import LogSettings, TelemetrySettings, TraceSettings
 
-__all__ = ["AutoscalingSettings", "RoutingSettings", "ServingSettings"]
+__all__ = [
+    "AutoscalingSettings",
+    "LogSettings",
+    "RoutingSettings",
+    "ServingSettings",
+    "TelemetrySettings",
+    "TraceSettings",
+]

@@ -10,6 +10,8 @@ from serving.api.operations import operations_router
 from serving.errors import ErrorResponse, install_error_handlers
 from serving.middleware import FrontDoor
 from serving.state import ReplicaState, package_version
+from serving.status.board import Peers, StatusBoard
+from serving.status.routes import status_router
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
@@ -19,10 +21,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(state: ReplicaState, *, answers_with_id: bool = True) -> FastAPI:
+def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peers | None = None) -> FastAPI:
     """The app; `state` may get its engine later (`ReplicaState.ready`), until then requests get 503.
 
-    `answers_with_id`: see `FrontDoor`.
+    `answers_with_id`: see `FrontDoor`. `peers`: see `StatusBoard`.
     """
     app = FastAPI(
         title="Peregrine",
@@ -34,6 +36,8 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True) -> FastAPI:
     install_error_handlers(app)
     for router in (chat_router, completions_router, operations_router):
         app.include_router(router(state, _RESPONSES))
+    if state.settings.status_page:
+        app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
     app.state.replica = state
     return app

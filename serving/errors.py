@@ -100,26 +100,33 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if isinstance(error, ApiError):
-            return error.response()
+            return _noted(request, error).response()
         message = str(error.detail)
         if error.status_code == 404:
             message = f"Unknown request URL: {request.method} {request.url.path}."
         if error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path}."
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return _noted(request, ApiError(error.status_code, message, headers=error.headers)).response()
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
+        return _noted(request, from_validation(error.errors())).response()
 
     async def on_other(request: Request, error: Exception) -> JSONResponse:
-        return from_engine(error).response()
+        return _noted(request, from_engine(error)).response()
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_validation)
     for kind in (ParameterError, EngineDeadError, TimeoutError):
         app.add_exception_handler(kind, on_other)
     app.add_exception_handler(Exception, on_other)
+
+
+def _noted(request: Request, error: ApiError) -> ApiError:
+    """Log and traces tell the code, never the message, which may quote the request."""
+    if (exchange := getattr(request.state, "exchange", None)) is not None:
+        exchange.error = error.code or _TYPE_OF_STATUS.get(error.status_code, "invalid_request_error")
+    return error
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:

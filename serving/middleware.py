@@ -1,4 +1,5 @@
-"""What happens to a request before its route: id and arrival time, API key, size limit, HTTP metrics.
+"""What happens to a request around its route: id and arrival time, API key, size limit, HTTP metrics, and the
+news of its end for those who observe.
 
 Pure ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between the engine and the client.
 """
@@ -10,17 +11,21 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.dispatch.headers import PEREGRINE_ROUTE
+from serving.dispatch.headers import DECIDED, PEREGRINE_ROUTE, ROUTE
 from serving.dispatch.reporter import Flight
-from serving.errors import ApiError
+from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
+from serving.telemetry.exchange import UNKNOWN_ROUTE, Exchange
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_INSANE = re.compile(rb"[^A-Za-z0-9._-]")
+_TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 class FrontDoor:
-    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()) and `flight`, once.
+    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), `exchange` and `flight`, once.
 
+    `exchange` is filled on the way and handed to the state's observers when the last byte is gone.
     `flight` is the request in its router's books, None if no router sent it; whatever becomes of the request,
     the router hears of its end from here.
     `answers_with_id`: put an `x-request-id` on every response (Ray Serve does so itself).
@@ -41,14 +46,22 @@ class FrontDoor:
         arrival = time.monotonic()
         headers = dict(scope["headers"])
         flight = self._flight(headers, arrival)
-        scope.setdefault("state", {}).update(arrival_time=arrival, flight=flight)
-        status = 500
+        request_id = _request_id(headers)
+        exchange = Exchange(request_id.decode(), scope["method"], arrival, replica=self._state.replica)
+        exchange.status = 500  # until an answer begins
+        exchange.trace_headers = _decoded(headers, _TRACE_HEADERS)
+        if flight is not None:
+            exchange.routing = _decoded(headers, (ROUTE, DECIDED))
+        scope.setdefault("state", {}).update(arrival_time=arrival, flight=flight, exchange=exchange)
+
+        has_begun = False
 
         async def send_noting_status(message: Message) -> None:
-            nonlocal status
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
-                added = [(b"x-request-id", _request_id(headers))] if self._answers_with_id else []
+                has_begun = True
+                exchange.status = message["status"]
+                added = [(b"x-request-id", request_id)] if self._answers_with_id else []
                 if flight is not None:
                     route = flight.explain(self._state.replica).encode("latin-1", "replace")
                     added.append((PEREGRINE_ROUTE.encode(), route))
@@ -60,13 +73,24 @@ class FrontDoor:
             self._check_length(headers)
             await self._app(scope, self._limited(receive), send_noting_status)
         except ApiError as error:
+            exchange.error = error.code
             await error.response()(scope, receive, send_noting_status)
+        except Exception as error:
+            # Not left to the servers around this app: they would log its message, which may quote a prompt.
+            told = from_engine(error)
+            exchange.error = told.code
+            if has_begun:
+                raise
+            await told.response()(scope, receive, send_noting_status)
         finally:
             if flight is not None:  # no news where the route has told its end already
-                flight.ended("failed" if status >= 500 else "aborted")
+                flight.ended("failed" if exchange.status >= 500 else "aborted")
             route = scope.get("route")
-            path = getattr(route, "path", "unknown")
-            self._recorder.record_http(path, status, time.monotonic() - arrival)
+            path = getattr(route, "path", UNKNOWN_ROUTE)
+            exchange.route = path
+            exchange.ended_s = time.monotonic()
+            self._recorder.record_http(path, exchange.status, exchange.total_s)
+            self._state.observe(exchange)
 
     def _flight(self, headers: dict[bytes, bytes], arrival: float) -> Flight | None:
         if self._state.links is None:
@@ -119,5 +143,12 @@ class FrontDoor:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> bytes:
+    """The client's, or one that stands in its place: it goes into log lines."""
     given = headers.get(b"x-request-id", b"")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    if not given:
+        return uuid.uuid4().hex.encode()
+    return given if _SANE_ID.fullmatch(given) else _INSANE.sub(b"_", given)[:64]
+
+
+def _decoded(headers: dict[bytes, bytes], names: tuple[str, ...]) -> dict[str, str]:
+    return {name: headers[key].decode("latin-1") for name in names if (key := name.encode()) in headers}

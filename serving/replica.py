@@ -6,7 +6,8 @@ else is the app's and the engine's.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from ray import serve
@@ -21,7 +22,15 @@ from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
 from serving.settings import ServingSettings
 from serving.state import ReplicaState, package_version
+from serving.status.snapshot import Snapshot, take_snapshot
 from serving.stream_guard import StreamGuard
+from serving.telemetry import tracing
+from serving.telemetry.access_log import AccessLog
+from serving.telemetry.logs import LogWriter
+from serving.telemetry.settings import TelemetrySettings
+
+if TYPE_CHECKING:  # the SDK, which is loaded only where spans are made
+    from serving.telemetry.spans import SpanWriter
 
 EngineFactory = Callable[[EngineConfig], Awaitable[InferenceEngine]]
 
@@ -31,6 +40,7 @@ _HEALTH_CHECK_MARGIN_S = 5.0
 # Where the engine chooses its token budget by its device, this is told to routers: their residuals learn the
 # rest.
 _CHUNK_TOKENS = 512
+_PEERS_TIMEOUT_S = 1.5
 
 
 async def start_async_engine(config: EngineConfig) -> InferenceEngine:
@@ -51,12 +61,14 @@ class Replica:
         factory: EngineFactory = start_async_engine,
         *,
         has_router: bool = False,
+        telemetry: TelemetrySettings = TelemetrySettings(),  # noqa: B008  # frozen
     ) -> None:
         """has_router: a proxy in front vouches for the router's headers; without one nobody does, and they
         are ignored.
         """
         replica_id = serve.get_replica_context().replica_id
         self._config = config
+        self._log_writer = LogWriter(telemetry.logs)
         recorder = Recorder(settings.tiers)
         self._exporter = Exporter(settings.metrics, recorder.registry)
         self._name = replica_id.to_full_id_str()
@@ -64,6 +76,9 @@ class Replica:
         self._is_hung = False
         self._guard = StreamGuard()
         self._state = ReplicaState(settings, recorder, replica_id.unique_id, self._links, self._guard)
+        self._state.kv_block_tokens, self._state.kv_dtype = config.block_size, config.kv_cache_dtype
+        self._state.keeps_prompts = telemetry.logs.prompts
+        self._span_writer = self._observe(telemetry)
         self._engine = await factory(config)
         self._describe(recorder)
         self._state.admission.max_num_seqs = config.max_num_seqs
@@ -71,7 +86,32 @@ class Replica:
         self._publisher = asyncio.create_task(self._state.publish_stats())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._state, answers_with_id=False)
+        return create_app(self._state, answers_with_id=False, peers=self._peers)
+
+    async def status_snapshot(self) -> Snapshot:
+        """What this replica adds to the status page, whichever replica shows it."""
+        return take_snapshot(self._state)
+
+    async def _peers(self) -> Sequence[Snapshot]:
+        """Those of all running replicas. Raises TimeoutError."""
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        answers = await handle.broadcast("status_snapshot").results_async(
+            timeout_s=_PEERS_TIMEOUT_S, return_exceptions=True
+        )
+        return [answer for answer in answers if isinstance(answer, Snapshot)]
+
+    def _observe(self, telemetry: TelemetrySettings) -> "SpanWriter | None":
+        """Spans first: the log line then names their trace."""
+        writer = None
+        if tracing.is_on(telemetry.traces):
+            from serving.telemetry.spans import SpanWriter
+
+            provider = tracing.create_provider(telemetry.traces, package_version(), self._state.replica)
+            writer = SpanWriter(provider)
+            self._state.observers.append(writer.write)
+        self._state.observers.append(AccessLog(telemetry.logs).write)
+        return writer
 
     async def check_health(self) -> None:
         """Raises EngineDeadError where the engine is gone, or gave no sign of life for `hung_after_s`.
@@ -141,6 +181,9 @@ class Replica:
             await self._links.close()
         await self._engine.shutdown()
         self._guard.close()
+        if self._span_writer is not None:
+            await asyncio.to_thread(self._span_writer.shutdown)
+        self._log_writer.stop()
         self._exporter.close()
 
 

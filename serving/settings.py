@@ -28,6 +28,8 @@ class ServingSettings(BaseModel):
     Longer than any step: a large prompt on the CPU takes seconds."""
     retry_after_s: int = Field(default=1, ge=1)
     """What a refused client is told to wait."""
+    status_page: bool = True
+    """Whether `/` shows what runs, to whoever may reach the port; it has no text of any request."""
     tiers: Mapping[str, Tier] = Field(default_factory=lambda: dict(TIERS), validate_default=True)
     """Service tiers by name; those given here replace or extend the built-in ones."""
 

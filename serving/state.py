@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,7 +12,9 @@ from serving.admission import Admission
 from serving.dispatch.reporter import RouterLinks
 from serving.errors import ApiError, not_ready
 from serving.settings import ServingSettings
+from serving.status.activity import Activity
 from serving.stream_guard import StreamGuard
+from serving.telemetry.exchange import Exchange
 from serving.tiers import Service
 
 _STATS_PERIOD_S = 0.5
@@ -47,6 +49,14 @@ class ReplicaState:
         self.guard = guard
         self.created = int(time.time())
         self.admission = Admission(settings, recorder)
+        self.activity = Activity()
+        self.observers: list[Callable[[Exchange], None]] = [self.activity.record]
+        """Called in order with every exchange that has ended."""
+        self.kv_block_tokens = 16
+        self.kv_dtype = "auto"
+        """As configured."""
+        self.keeps_prompts = False
+        """Exchanges carry their prompts, for a log that was asked to show them."""
         self._engine: InferenceEngine | None = None
         self._is_draining = False
 
@@ -67,6 +77,19 @@ class ReplicaState:
         if self._is_draining:
             raise not_ready("This replica is shutting down.")
         return self._engine
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def loaded_engine(self) -> InferenceEngine | None:
+        """The engine as long as it is there, also while draining."""
+        return self._engine
+
+    def observe(self, exchange: Exchange) -> None:
+        for observer in self.observers:
+            observer(exchange)
 
     @contextmanager
     def admit(self, service: Service) -> Iterator[InferenceEngine]:
@@ -99,9 +122,12 @@ class ReplicaState:
     def collect(self) -> None:
         if self._engine is not None:
             self.recorder.record_stats(self._engine.stats(), self.admission.num_inflight)
-            self.recorder.record_steps(self._engine.drain_step_times())
+            steps = self._engine.drain_step_times()
+            self.recorder.record_steps(steps)
+            self.activity.record_gaps((gap_s, count) for (_, gap_s), count in steps.gaps.items())
             for timings in self._engine.drain_timings():
                 self.recorder.record_timings(timings)
+            self.activity.sample(self._engine.stats().total_output_tokens)
 
 
 async def generate_all(

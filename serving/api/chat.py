@@ -51,6 +51,9 @@ def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]])
             request,
             state,
             is_stream=bool(body.stream),
+            operation="chat",
+            model=body.model,
+            prompt=[m.as_template_input() for m in body.messages] if state.keeps_prompts else None,
             service_tier=body.service_tier,
             prepare=prepare,
         )

@@ -13,10 +13,11 @@ from pydantic import BaseModel
 
 from engine import EngineDeadError, InferenceEngine, PositionLogprobs, RequestOutput, SamplingParams
 from serving.dispatch.reporter import Flight, refusal_wait_s
-from serving.errors import ApiError, overloaded
+from serving.errors import ApiError, from_engine, overloaded
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import DONE, ClientGone, SseResponse, error_event, unless_client_leaves
+from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation
 from serving.tiers import choose_service
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
@@ -58,6 +59,12 @@ class UsageCounter:
         if output.index == 0:
             self._prompt[number] = (output.num_prompt_tokens, output.num_cached_tokens)
 
+    def tell(self, made: Generation) -> None:
+        """No more outputs come."""
+        usage = self.usage()
+        cached = usage.prompt_tokens_details.cached_tokens
+        made.stopped(usage.prompt_tokens, cached, usage.completion_tokens)
+
     def usage(self) -> Usage:
         prompt = sum(n for n, _ in self._prompt.values())
         completion = sum(self._output.values())
@@ -86,6 +93,9 @@ async def respond(
     state: ReplicaState,
     *,
     is_stream: bool,
+    operation: Literal["chat", "text_completion"],
+    model: str,
+    prompt: object,
     service_tier: str | None,
     prepare: Callable[[InferenceEngine], Awaitable[tuple[Job, Presenter]]],
 ) -> Response:
@@ -93,19 +103,27 @@ async def respond(
 
     The first output is awaited before anything is sent, so that a request that cannot run fails with a
     status code. From then on a failure ends the stream with an error event.
+
+    prompt: as the client sent it, for a log that was asked to show it.
     """
     arrival: float = request.state.arrival_time
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
     flight: Flight | None = request.state.flight
+    exchange: Exchange = request.state.exchange
     if state.links is not None and (wait_s := refusal_wait_s(request.headers)) is not None:
         state.recorder.record_refusal("router")
         message = "Every replica is full, failing or leaving; retry later."
         raise overloaded(message, max(state.settings.retry_after_s, math.ceil(wait_s)))
     service = choose_service(state.settings.tiers, service_tier, request.headers, arrival)
+    made = exchange.generation = Generation(operation, model, service.tier, service.ttft_s, is_stream)
+    if state.keeps_prompts:
+        made.prompt = prompt
     with state.admit(service) as engine:
         job, presenter = await prepare(engine)
         num_tokens = sum(map(len, job.prompts))
+        made.response_id, made.params, made.num_prompt_tokens = job.request_id, job.params, num_tokens
         state.admission.check_deadline(service, num_tokens)
+        made.queued_s = time.monotonic()
         outputs = state.admission.watch(
             generate_all(engine, job.prompts, job.params, job.request_id, arrival, service.urgency),
             service,
@@ -113,37 +131,45 @@ async def respond(
         )
         if not is_stream:
             try:
-                work = _collect(outputs, presenter, flight)
+                work = _collect(outputs, presenter, flight, made)
                 body = await unless_client_leaves(request, work, deadline)
             except ClientGone:
-                return Response(status_code=499)  # nobody reads it; the log and the metrics do
+                return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
             return JSONResponse(body.model_dump())
         try:
             first = await unless_client_leaves(request, anext(outputs), deadline)
         except ClientGone:
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_GONE)
         if flight is not None:
             flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
-    return SseResponse(_stream(state, outputs, first, presenter, job, deadline, flight), state.guard)
+    chunks = _stream(state, outputs, first, presenter, job, deadline, flight, exchange)
+    return SseResponse(chunks, state.guard)
 
 
-async def _collect(outputs: Outputs, presenter: Presenter, flight: Flight | None) -> BaseModel:
+async def _collect(
+    outputs: Outputs, presenter: Presenter, flight: Flight | None, made: Generation
+) -> BaseModel:
     choices: dict[tuple[int, int], CollectedChoice] = {}
     usage = UsageCounter()
-    async for number, output in outputs:
-        if flight is not None:
-            flight.first_token(time.monotonic())
-        usage.add(number, output)
-        choice = choices.setdefault((number, output.index), CollectedChoice())
-        choice.text += output.text
-        choice.logprobs.extend(output.logprobs or ())
-        choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs
-        if output.finish_reason == "abort":
-            raise EngineDeadError("aborted")
-        if output.finish_reason is not None:
-            choice.finish_reason = output.finish_reason
-        choice.stop_reason = output.stop_reason
+    try:
+        async for number, output in outputs:
+            made.note(output)
+            if flight is not None:
+                flight.first_token(time.monotonic())
+            usage.add(number, output)
+            choice = choices.setdefault((number, output.index), CollectedChoice())
+            choice.text += output.text
+            choice.logprobs.extend(output.logprobs or ())
+            choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs
+            if output.finish_reason == "abort":
+                raise EngineDeadError("aborted")
+            if output.finish_reason is not None:
+                choice.finish_reason = output.finish_reason
+            choice.stop_reason = output.stop_reason
+    finally:
+        usage.tell(made)
+    made.is_complete = True
     if flight is not None:
         flight.ended("finished", usage.usage().completion_tokens)
     return presenter.complete(choices, usage.usage())
@@ -157,11 +183,14 @@ async def _stream(
     job: Job,
     deadline: float,
     flight: Flight | None,
+    exchange: Exchange,
 ) -> AsyncGenerator[bytes, None]:
-    usage = UsageCounter()
+    usage, made = UsageCounter(), exchange.generation
+    assert made is not None
     state.admission.num_inflight += 1
     try:
         number, output = first
+        made.note(output)
         async with asyncio.timeout_at(deadline):
             while True:
                 usage.add(number, output)
@@ -171,20 +200,25 @@ async def _stream(
                     yield chunk
                 try:
                     number, output = await anext(outputs)
+                    made.note(output)
                 except StopAsyncIteration:
                     break
         if flight is not None:
             flight.ended("finished", usage.usage().completion_tokens)
         if job.include_usage:
             yield presenter.usage_chunk(usage.usage())
+        made.is_complete = True
         yield DONE
     except Exception as error:
         if flight is not None:
             flight.ended("failed")
-        yield error_event(error)
+        told = from_engine(error)
+        exchange.error = told.code
+        yield error_event(told)
         yield DONE
     finally:
         state.admission.num_inflight -= 1
+        usage.tell(made)
         await outputs.aclose()
 
 

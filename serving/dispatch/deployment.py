@@ -24,9 +24,13 @@ from starlette.routing import Route
 from monitoring import RouterRecorder
 from monitoring.exporter import Exporter, MetricsSettings
 from serving.dispatch.dispatcher import Dispatcher
+from serving.dispatch.headers import DECIDED, write_decided
 from serving.dispatch.listener import Listener
 from serving.dispatch.settings import INITIAL_COST, RoutingSettings, create_policy
 from serving.routing import CostEstimator, LatencyPolicy, Router
+from serving.telemetry.logs import LogWriter
+from serving.telemetry.settings import TelemetrySettings
+from serving.telemetry.tracing import is_on
 from serving.tiers import Tier
 
 # Of the process that runs a deployment; Serve's default writes a line to a file for every request.
@@ -45,10 +49,13 @@ class RequestRouter:
         settings: RoutingSettings,
         tiers: Mapping[str, Tier],
         replicas: str,
+        telemetry: TelemetrySettings = TelemetrySettings(),  # noqa: B008  # frozen
         *,
         metrics: MetricsSettings,
     ) -> None:
         """replicas: name of the deployment, in this application, that serves the requests."""
+        self._log_writer = LogWriter(telemetry.logs)
+        self._is_traced = is_on(telemetry.traces)
         policy = create_policy(settings.policy, random.Random())
         estimator = CostEstimator(INITIAL_COST) if isinstance(policy, LatencyPolicy) else None
         self._dispatcher = Dispatcher(
@@ -81,10 +88,14 @@ class RequestRouter:
 
     async def _route(self, request: Request) -> Response:
         body = await request.body()
+        start_ns = time.time_ns() if self._is_traced else 0
         _, _, full_length = request.headers.get(_TRUNCATED, "").partition("/")
         answer = self._dispatcher.route(body, int(full_length) if full_length.isdigit() else len(body))
         if answer is None:
             return JSONResponse({"detail": "no replica"}, 503)
+        if self._is_traced:
+            # The replica makes the span: it alone knows the client's trace.
+            answer.headers[DECIDED] = write_decided(start_ns, time.time_ns())
         return JSONResponse({"replica_id": answer.replica_id, "request_headers": answer.headers})
 
     async def _sweep(self) -> None:
@@ -101,6 +112,7 @@ class RequestRouter:
         with contextlib.suppress(asyncio.CancelledError):
             await self._sweeping
         await self._listener.close()
+        self._log_writer.stop()
         self._exporter.close()
 
 
@@ -108,6 +120,7 @@ def build_router(
     settings: RoutingSettings,
     tiers: Mapping[str, Tier],
     replicas: str,
+    telemetry: TelemetrySettings = TelemetrySettings(),  # noqa: B008  # frozen
     *,
     metrics: MetricsSettings | None = None,
     target_replicas: int = 0,
@@ -129,7 +142,7 @@ def build_router(
         logging_config=QUIET,
         user_config={"target_replicas": target_replicas},
     )
-    return deployment.bind(settings, dict(tiers), replicas, metrics=metrics or MetricsSettings())
+    return deployment.bind(settings, dict(tiers), replicas, telemetry, metrics=metrics or MetricsSettings())
 
 
 def _follow_replicas(dispatcher: Dispatcher, deployment: str, listed: asyncio.Event) -> Any:

@@ -19,6 +19,8 @@ PREFIXES = "x-serve-router-prefixes"
 """The prompt's entries in a `PrefixIndex`, for the routers that did not see it: hexadecimal, dots between."""
 REFUSE = "x-serve-router-refuse"
 """Instead of these: no replica may take the request; seconds after which to try again."""
+DECIDED = "x-serve-router-decided"
+"""Where traces are made: when the router began to decide, and for how long, in ns: since 1970/duration."""
 PEREGRINE_ROUTE = "x-peregrine-route"
 """On the response: the choice, and predicted against actual."""
 
@@ -67,13 +69,24 @@ def read_size(value: str) -> tuple[int, int, int]:
     return prompt, output, min(priority, MAX_PRIORITY)
 
 
+def write_decided(start_ns: int, end_ns: int) -> str:
+    return f"{start_ns}/{max(0, end_ns - start_ns)}"
+
+
+def read_decided(value: str) -> tuple[int, int] | None:
+    """None for what `write_decided` does not write."""
+    start, _, length = value.partition("/")
+    return (int(start), int(length)) if start.isdecimal() and length.isdecimal() else None
+
+
+def read_route(route: str) -> dict[str, str]:
+    """The parts that `describe` wrote."""
+    return dict(part.split("=", 1) for part in route.split("; ") if "=" in part)
+
+
 def predicted_ttft_s(route: str) -> float | None:
     """What `describe` wrote, where it did."""
-    for part in route.split("; "):
-        name, _, value = part.partition("=")
-        if name == "predicted-ttft-ms":
-            try:
-                return float(value) / 1e3
-            except ValueError:
-                return None
-    return None
+    try:
+        return float(read_route(route)["predicted-ttft-ms"]) / 1e3
+    except (KeyError, ValueError):
+        return None

@@ -35,6 +35,8 @@ def test_the_example_holds_the_defaults_and_every_key():
     assert set(raw["serving"]) == set(type(config.serving).model_fields)
     assert set(raw["routing"]) == set(type(config.routing).model_fields)
     assert set(raw["cluster"]) == set(type(config.cluster).model_fields)
+    assert set(raw["logs"]) == set(type(config.logs).model_fields)
+    assert set(raw["traces"]) == set(type(config.traces).model_fields)
 
 
 def test_options_win_over_the_file(tmp_path):
@@ -58,6 +60,10 @@ def test_options_win_over_the_file(tmp_path):
         ("engine: {device: tpu}", r"engine\.device: .*'auto', 'cpu' or 'cuda'"),
         ("engine: {kv_cache_dtype: int8}", r"engine\.kv_cache_dtype: .*'auto' or 'fp8'"),
         ("engine: {token_budget: 8}", r"engine\.token_budget: must be at least max_num_seqs"),
+        ("logs: {level: loud}", r"logs\.level: .*'debug', 'info', 'warning' or 'error'"),
+        ("logs: {prompt: true}", r"did you mean logs\.prompts\?"),
+        ("traces: {endpoint: collector}", r"traces\.endpoint: .*https\?"),
+        ("traces: {sample_ratio: 2}", r"traces\.sample_ratio: .*less than or equal to 1"),
         ("engine: 5", r"engine: must be a mapping"),
         ("- a", r"must be a mapping with the sections"),
         ("a: [", r"not valid YAML"),
@@ -67,6 +73,12 @@ def test_a_wrong_file_says_what_is_wrong(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_api_key_is_not_repeated(tmp_path):
+    with pytest.raises(ConfigError, match=r"serving\.api_keys\.0: .*string") as error:
+        load_config(write(tmp_path, "serving: {api_keys: [770077]}"))
+    assert "770077" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,0 +1,1 @@
+"""The status page: what runs and how it does, of all replicas, for those without Grafana."""
