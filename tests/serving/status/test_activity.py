@@ -40,10 +40,11 @@ def exchange(
 def snapshot(activity: Activity, name: str = "r0", **rest) -> Snapshot:
     ttft, itl, tiers = activity.window()
     values = {
-        "replica": name, "taken_at": activity._clock(), "started_at": activity.started_at, "condition": "ready",
-        "model": MODEL, "num_inflight": 1, "num_running": 2, "num_waiting": 3, "kv_tokens": 1600, "kv_used_tokens": 400,
-        "kv_dtype": "auto", "tokens_by_second": activity.tokens_by_second, "ttft": dict(ttft.counts),
-        "itl": dict(itl.counts), "tiers": dict(tiers), "recent": activity.recent,
+        "replica": name, "taken_at": activity._clock(), "started_at": activity.started_at,
+        "condition": "ready", "model": MODEL, "num_inflight": 1, "num_running": 2, "num_waiting": 3,
+        "kv_tokens": 1600, "kv_used_tokens": 400, "kv_dtype": "auto",
+        "tokens_by_second": activity.tokens_by_second, "ttft": dict(ttft.counts), "itl": dict(itl.counts),
+        "tiers": dict(tiers), "recent": activity.recent,
     }  # fmt: skip
     return Snapshot(**{**values, **rest})
 
