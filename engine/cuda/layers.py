@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels.prefill
 from engine.config import Precision
-from engine.cuda.bounds import largest_output
+from engine.cuda.bounds import largest_gated, largest_output
 from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
 from kernels import AttentionWeights, FFNWeights
@@ -184,8 +184,8 @@ def _layer(
         and f.gate_up_bias is None
         and prompt.can_gate(gate_up.weight, gate_up.units)
     ):
-        gate, up = (largest_output(part, f.norm) for part in gate_up.weight.parts)
-        gated = Bound.of(gate * up, DIRECT_TOKENS, f.norm.device)
+        gate, up = gate_up.weight.parts
+        gated = Bound.of(largest_gated(gate, up, f.norm), DIRECT_TOKENS, f.norm.device)
     return Layer(a, f, caches, qkv, o, gate_up, down, attended, gated)
 
 
