@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploy import dashboards
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -261,6 +263,8 @@ def evaluate(
         raise fail(str(error)) from None
     report.publish(rows, "Quality", json_path)
 
+
+app.add_typer(dashboards.app, name="dashboards")
 
 bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 app.add_typer(bench, name="bench")
