@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test lint bench loadtest clean
+.PHONY: setup serve test lint browser bench loadtest clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -33,7 +33,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# For the tests of the status page, which are skipped without it.
+browser:
+	@./tests/install-chromium.sh
+
+test: lint browser
 	$(BIN)/python -m pytest $(ARGS)
 
 # Builds llama.cpp from source once (about five minutes on two cores).

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,11 +95,13 @@ def serve(
 
     from deploy.cluster import StartError, running_cluster
 
+    lines = sys.stdout
     stop, is_ready = threading.Event(), threading.Event()
     _stop_on_signals(stop, is_ready)
     try:
         status = console.status("Starting Ray Serve and loading the model (Ctrl-C stops)")
-        with status, running_cluster(settings, sys.stdout) as url:
+        # Standard output has log lines alone; what Ray prints of its processes goes to the other one.
+        with redirect_stdout(sys.stderr), status, running_cluster(settings, lines) as url:
             is_ready.set()
             status.stop()
             _print_ready(url, settings.engine.served_model_name or _name_of(settings.engine.model), settings)

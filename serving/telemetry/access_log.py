@@ -4,9 +4,10 @@ import logging
 from typing import Any
 
 from serving.telemetry.exchange import UNKNOWN_ROUTE, Exchange
+from serving.telemetry.logs import ACCESS_LOGGER
 from serving.telemetry.settings import LogSettings
 
-logger = logging.getLogger("peregrine.access")
+logger = logging.getLogger(ACCESS_LOGGER)
 
 
 class AccessLog:

@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -23,10 +24,11 @@ from pythonjsonlogger.json import JsonFormatter
 from serving.telemetry.settings import LogSettings
 
 LOG_SOCKET = "PEREGRINE_LOG_SOCKET"
+ACCESS_LOGGER = "peregrine.access"
 OWN_LOGGERS = ("kernels", "engine", "monitoring", "serving", "deploy", "peregrine")
 # About a minute of lines at a hundred requests a second; what finds it full is counted and dropped.
 _QUEUE_LINES = 8192
-_STOP_TIMEOUT_S = 2.0
+_SIMPLE = re.compile(r"[\w.:/+-]+")
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -72,7 +74,7 @@ class TextLines(_KeepsQuiet):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
         more = " ".join(f"{k}={_plain(v)}" for k, v in _extras(record).items())
-        name = "" if record.name == "peregrine.access" else f" {record.name}:"
+        name = "" if record.name == ACCESS_LOGGER else f" {record.name}:"
         # What a client sent may be in here; a line break would let it write lines of its own.
         message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
         line = f"{time} {record.levelname:<7}{name} {message}" + (f"  {more}" if more else "")
@@ -82,16 +84,19 @@ class TextLines(_KeepsQuiet):
 
 
 def _extras(record: logging.LogRecord) -> Mapping[str, Any]:
+    """What the caller added; Ray adds fields of its own, which begin with an underscore."""
     known = {*RESERVED_ATTRS, "message", "color_message"}
-    return {k: v for k, v in record.__dict__.items() if k not in known and v is not None}
+    if record.name == ACCESS_LOGGER:
+        known |= {"method", "route", "status"}  # the message has them
+    return {k: v for k, v in record.__dict__.items() if k not in known and k[0] != "_" and v is not None}
 
 
 def _plain(value: Any) -> str:
-    return (
-        json.dumps(value, ensure_ascii=False, default=str)
-        if not isinstance(value, int | float)
-        else f"{value:g}"
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and _SIMPLE.fullmatch(value):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class _NeverWaits(logging.handlers.QueueHandler):

@@ -116,7 +116,7 @@ async function answer(signal, body) {
 function busy(isBusy) {
   stop.hidden = !isBusy;
   send.hidden = isBusy;
-  clear.disabled = isBusy || conversation.length === 0;
+  clear.hidden = isBusy || conversation.length === 0;
   log.setAttribute("aria-busy", String(isBusy)); // read out when it is whole, not word by word
 }
 
@@ -169,6 +169,6 @@ clear.addEventListener("click", () => {
   conversation = [];
   log.replaceChildren();
   speed.textContent = "";
-  clear.disabled = true;
+  clear.hidden = true;
   prompt.focus();
 });

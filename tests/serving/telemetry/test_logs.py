@@ -163,11 +163,11 @@ async def test_prompts_are_told_where_asked(client, state, capsys):
 def test_levels_are_of_the_own_loggers_and_text_is_for_people(capsys):
     lines = Lines(capsys, format="text", level="error")
     logging.getLogger("serving.x").warning("not told")
-    logging.getLogger("serving.x").error("told\nonce", extra={"replica": "r1"})
+    logging.getLogger("serving.x").error("told\nonce", extra={"replica": "r1", "note": "a b"})
     logging.getLogger("some.library").info("not told")
     logging.getLogger("some.library").warning("told, too")
     first, second = lines.end()
-    assert first.endswith('ERROR   serving.x: told\\nonce  replica="r1"')
+    assert first.endswith('ERROR   serving.x: told\\nonce  replica=r1 note="a b"')
     assert second.endswith("WARNING some.library: told, too")
 
 
