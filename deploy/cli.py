@@ -103,6 +103,7 @@ def serve(
         # Standard output has log lines alone; what Ray prints of its processes goes to the other one.
         with redirect_stdout(sys.stderr), status, running_cluster(settings, lines) as url:
             is_ready.set()
+            _stop_on_signals(stop, is_ready)  # ray.init put a handler of its own in SIGTERM's place
             status.stop()
             _print_ready(url, settings.engine.served_model_name or _name_of(settings.engine.model), settings)
             stop.wait()
@@ -201,6 +202,45 @@ def fetch(
         raise fail(str(error)) from None
 
 
+@app.command("serve-config")
+def print_serve_config(
+    config: Annotated[Path, typer.Option(help="The YAML file that `serve --config` reads.")],
+) -> None:
+    """Print Ray Serve's configuration of it, for `serve deploy` on a cluster that runs already."""
+    import yaml
+
+    from deploy.application import serve_config
+    from deploy.config import ConfigError, config_from, read_sections
+
+    try:
+        sections = read_sections(config)
+        document = serve_config(config_from(sections), sections)
+    except ConfigError as error:
+        raise fail(str(error)) from None
+    print(yaml.safe_dump(document, sort_keys=False), end="")
+
+
+@app.command()
+def node(
+    command: Annotated[list[str], typer.Argument(help="Usually: ray start ...")],
+    config: Annotated[
+        Path, typer.Option(envvar="PEREGRINE_CONFIG", help="The YAML file that `serve --config` reads.")
+    ],
+) -> None:
+    """Run a command in the environment that a cluster's node needs; put -- before it."""
+    from deploy.config import ConfigError, load_config
+    from deploy.ray_environment import of_node
+
+    try:
+        environment = of_node(load_config(config))
+    except (ConfigError, RuntimeError) as error:
+        raise fail(str(error)) from None
+    try:
+        os.execvpe(command[0], command, os.environ | environment)
+    except OSError as error:
+        raise fail(f"{command[0]}: {error.strerror}") from None
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Default model's name, a path, or a Hub id.")],
@@ -238,6 +278,26 @@ def quantize(
     except (EngineError, ModelNotFoundError) as error:
         raise fail(str(error)) from None
     command.print_result(result, out, console)
+
+
+@app.command()
+def sizing(
+    model: Annotated[str, typer.Argument(help="8b, 70b, 123b, 180b, or a config.json or its directory.")],
+    bits: Annotated[str, typer.Option(help="Comma-separated, of the layers' weights.")] = "2.125,3.25,4.25,8",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Which GPU holds a model at which bits, and how many tokens of KV cache beside it. Needs no GPU."""
+    from deploy import sizing as command
+    from deploy.bench import report
+    from engine.errors import EngineError
+    from engine.models.shapes import SHAPES
+
+    try:
+        shape = SHAPES[model] if model in SHAPES else command.shape_of(Path(model))
+        rows = command.rows({Path(model).name: shape}, tuple(float(b) for b in bits.split(",")))
+    except (EngineError, OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    report.publish(rows, "Sizing", json_path)
 
 
 @app.command("eval")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, TextIO
 import psutil
 
 from deploy import ray_environment
+from deploy.application import APP_NAME, build
 from deploy.config import PeregrineConfig
 from deploy.log_relay import log_relay
 from deploy.models import resolve_model
 from engine import EngineConfig
-from serving.state import package_version
 
 if TYPE_CHECKING:  # imports ray, which reads its environment then
     from serving.replica import EngineFactory
@@ -29,7 +28,6 @@ _REPLICA_OVERHEAD_BYTES = 700 * 2**20
 _CLUSTER_OVERHEAD_BYTES = 1200 * 2**20  # two request routers among it
 _DEFAULT_KV_BYTES = 2**30
 _OBJECT_STORE_BYTES = 80 * 2**20  # requests travel over HTTP; Ray's store only carries deployment code
-APP_NAME = "peregrine"
 _POLL_S = 0.2
 
 
@@ -133,51 +131,18 @@ def deploy(
     from ray.serve.api import _run
     from ray.serve.schema import LoggingConfig
 
-    from serving.autoscaling_policy import autoscaling_config
-    from serving.dispatch.deployment import build_router
-    from serving.replica import build_deployment, start_async_engine
-
     cluster = config.cluster
     serve.start(
         http_options={
             "host": cluster.host,
             "port": cluster.port,
             # The app's own deadline comes first and answers in the API's form; this one is the backstop.
-            "request_timeout_s": config.serving.request_timeout_s + 30,
+            "request_timeout_s": ray_environment.drain_s(config),
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    deployment = build_deployment(config.serving, ray_environment.drain_s(config)).options(
-        num_replicas="auto" if cluster.autoscaling else cluster.replicas,
-        autoscaling_config=(
-            autoscaling_config(cluster.autoscaling, cluster.replicas) if cluster.autoscaling else None
-        ),
-        # On a GPU machine every replica has one whole GPU; on the CPU the engine's threads are its share.
-        ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if num_gpus else 0},
-    )
-    # Ray would take every deployment for a change of code and replace all replicas, also to scale.
     has_router = has_haproxy and config.routing.policy != "none"
-    deployment._version = _version_of(config.engine, config.serving, config.telemetry, has_router)
-    application = deployment.bind(
-        config.engine,
-        config.serving,
-        factory or start_async_engine,
-        has_router=has_router,
-        telemetry=config.telemetry,
-    )
-    if has_router:
-        router = build_router(
-            config.routing,
-            config.serving.tiers,
-            deployment.name,
-            config.telemetry,
-            metrics=config.serving.metrics,
-            target_replicas=cluster.autoscaling.min_replicas if cluster.autoscaling else cluster.replicas,
-        )
-        router._bound_deployment._version = _version_of(
-            config.routing, config.serving.tiers, config.telemetry, config.serving.metrics
-        )
-        application = application._with_ingress_request_router(router)
+    application = build(config, on_gpu=num_gpus > 0, has_router=has_router, factory=factory)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
     _run(application, name=APP_NAME, route_prefix="/", _blocking=False)
     _wait_until_running(time.monotonic() + cluster.start_timeout_s)
@@ -190,10 +155,6 @@ def _drain(deadline: float) -> None:
     serve.delete(APP_NAME, _blocking=False)
     while APP_NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-
-
-def _version_of(*configuration: object) -> str:
-    return hashlib.sha256(repr((package_version(), configuration)).encode()).hexdigest()[:12]
 
 
 def _wait_until_running(deadline: float) -> None:

@@ -72,7 +72,11 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None =
     Raises:
         ConfigError: the file is unreadable, a key is unknown, or a value is not allowed.
     """
-    raw = _read(path) if path else {}
+    return config_from(read_sections(path) if path else {}, overrides)
+
+
+def config_from(raw: dict[str, Any], overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
+    """`load_config` for sections that are read already. Raises ConfigError."""
     for section in raw:
         _check_known(section, _SECTIONS, "")
     sections: dict[str, dict[str, Any]] = {}
@@ -92,7 +96,8 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None =
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_sections(path: Path) -> dict[str, Any]:
+    """The file as it stands, nothing checked but that it is a mapping. Raises ConfigError."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

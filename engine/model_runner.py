@@ -30,7 +30,7 @@ from engine.speculation import num_kept
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_KV_BYTES = 1 << 30
-_GPU_MEMORY_SHARE = 0.9
+GPU_MEMORY_SHARE = 0.9
 DEFAULT_TOKEN_BUDGET = {"cpu": 128, "cuda": 2048}
 # One cap on what prompt logprobs materialise at a time: rows x vocabulary x 4 bytes.
 _LOGPROB_ROWS = 64
@@ -255,9 +255,9 @@ def size_kv_cache(
     elif device.type == "cpu":
         wanted = max(_DEFAULT_CPU_KV_BYTES, -(-max_model_len // config.block_size) * bytes_per_block)
     else:
-        wanted = int(available * _GPU_MEMORY_SHARE)
+        wanted = int(available * GPU_MEMORY_SHARE)
     if wanted > available:
-        fitting = int(available * _GPU_MEMORY_SHARE) // bytes_per_token
+        fitting = int(available * GPU_MEMORY_SHARE) // bytes_per_token
         raise OutOfMemoryError(
             f"the KV cache wants {wanted / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are free "
             f"(max_model_len {max(fitting, 0)} would fit)"
