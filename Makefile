@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test lint browser bench loadtest clean
+.PHONY: setup serve test lint browser prometheus bench loadtest clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -37,7 +37,11 @@ lint: setup
 browser:
 	@./tests/install-chromium.sh
 
-test: lint browser
+# For the tests of alert rules, which are skipped without it.
+prometheus:
+	@./tests/install-prometheus.sh
+
+test: lint browser prometheus
 	$(BIN)/python -m pytest $(ARGS)
 
 # Builds llama.cpp from source once (about five minutes on two cores).

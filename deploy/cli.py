@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deploy import dashboards
+from deploy import alerts, dashboards
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -328,6 +328,7 @@ def evaluate(
 
 
 app.add_typer(dashboards.app, name="dashboards")
+app.add_typer(alerts.app, name="alerts")
 
 bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 app.add_typer(bench, name="bench")
