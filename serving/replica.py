@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
@@ -22,6 +24,7 @@ from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
 from serving.settings import ServingSettings
 from serving.state import ReplicaState, package_version
+from serving.status.board import PeersSilentError
 from serving.status.snapshot import Snapshot, take_snapshot
 from serving.stream_guard import StreamGuard
 from serving.telemetry import tracing
@@ -93,12 +96,15 @@ class Replica:
         return take_snapshot(self._state)
 
     async def _peers(self) -> Sequence[Snapshot]:
-        """Those of all running replicas. Raises TimeoutError."""
+        """Those of all running replicas. Raises PeersSilentError."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        answers = await handle.broadcast("status_snapshot").results_async(
-            timeout_s=_PEERS_TIMEOUT_S, return_exceptions=True
-        )
+        try:
+            answers = await handle.broadcast("status_snapshot").results_async(
+                timeout_s=_PEERS_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, RayError, RayServeException) as error:
+            raise PeersSilentError(type(error).__name__) from error
         return [answer for answer in answers if isinstance(answer, Snapshot)]
 
     def _observe(self, telemetry: TelemetrySettings) -> "SpanWriter | None":

@@ -11,8 +11,13 @@ from serving.status.snapshot import Snapshot, take_snapshot
 
 logger = logging.getLogger(__name__)
 
+
+class PeersSilentError(Exception):
+    """They could not be asked, or did not all answer in time."""
+
+
 Peers = Callable[[], Awaitable[Sequence[Snapshot]]]
-"""Snapshots of all replicas, this one's among them."""
+"""Snapshots of all replicas, this one's among them. Raises PeersSilentError."""
 
 _FRESH_S = 0.8
 """Any number of open pages cost one round of questions in so long."""
@@ -55,10 +60,10 @@ class StatusBoard:
         if self._peers is not None:
             try:
                 heard = await self._peers()
-            except TimeoutError:
-                # One of them hangs: all keep their last word, so that the page shows which one it is.
+            except PeersSilentError as error:
+                # Perhaps one of them hangs: all keep their last word, and grow silent where it gets old.
                 oldest = self._clock() - _FORGET_AFTER_S
                 kept = {name: s for name, s in self._known.items() if s.taken_at >= oldest}
-                logger.warning("a replica did not tell its status in time")
+                logger.warning("not all replicas told their status: %s", error)
         own = take_snapshot(self._state)
         self._known = kept | {s.replica: s for s in heard} | {own.replica: own}

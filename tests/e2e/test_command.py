@@ -41,6 +41,10 @@ def test_python_proxy_serves_and_ctrl_c_leaves_nothing(tmp_path, smollm2):
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
         answer = httpx.post(f"{url}/v1/completions", json=body, headers=key, timeout=60)
         assert answer.json()["choices"][0]["text"].startswith(" Paris")
+        assert httpx.get(f"{url}/", timeout=10).text.startswith("<!doctype html>")
+        shown = httpx.get(f"{url}/status.json", timeout=10).json()
+        assert [r["condition"] for r in shown["replicas"]] == ["ready"]
+        assert shown["needs_api_key"] is True
         with httpx.stream(
             "POST", f"{url}/v1/completions", json={**body, "stream": True}, headers=key, timeout=60
         ) as stream:

@@ -11,6 +11,7 @@ from monitoring import Recorder
 from serving.app import create_app
 from serving.settings import ServingSettings
 from serving.state import ReplicaState
+from serving.status.board import PeersSilentError
 from serving.status.snapshot import take_snapshot
 from tests.timed_engine import Speed, TimedEngine
 
@@ -97,7 +98,7 @@ async def test_a_replica_that_hangs_does_not_take_the_page_along(engine):
 
     async def peers():
         if is_hung:
-            raise TimeoutError
+            raise PeersSilentError("TimeoutError")
         own = take_snapshot(state)
         return [own, dataclasses.replace(own, replica="r1", taken_at=own.taken_at - 10)]
 
