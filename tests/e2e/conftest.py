@@ -16,10 +16,18 @@ MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="session")
-def cluster(smollm2):
+def metrics_targets(tmp_path_factory):
+    """Where the cluster's processes say where their metrics are."""
+    return tmp_path_factory.mktemp("targets")
+
+
+@pytest.fixture(scope="session")
+def cluster(smollm2, metrics_targets):
     """Base URL of two replicas."""
     engine = {"model": os.environ.get("PEREGRINE_TEST_MODEL", str(smollm2)), "served_model_name": MODEL}
-    config = load_config(None, {"engine": engine, "cluster": {"replicas": 2, "port": free_port()}})
+    serving = {"metrics": {"targets_dir": str(metrics_targets)}}
+    cluster = {"replicas": 2, "port": free_port()}
+    config = load_config(None, {"engine": engine, "serving": serving, "cluster": cluster})
     with running_cluster(config) as url:
         yield url
 
