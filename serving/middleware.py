@@ -4,6 +4,7 @@ news of its end for those who observe.
 Pure ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between the engine and the client.
 """
 
+import asyncio
 import hmac
 import re
 import time
@@ -15,7 +16,7 @@ from serving.dispatch.headers import DECIDED, PEREGRINE_ROUTE, ROUTE
 from serving.dispatch.reporter import Flight
 from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
-from serving.telemetry.exchange import UNKNOWN_ROUTE, Exchange
+from serving.telemetry.exchange import CLIENT_GONE, UNKNOWN_ROUTE, Exchange
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _INSANE = re.compile(rb"[^A-Za-z0-9._-]")
@@ -75,6 +76,10 @@ class FrontDoor:
         except ApiError as error:
             exchange.error = error.code
             await error.response()(scope, receive, send_noting_status)
+        except asyncio.CancelledError:
+            if not has_begun:  # the server around this app ends it when its client is gone
+                exchange.status = CLIENT_GONE
+            raise
         except Exception as error:
             # Not left to the servers around this app: they would log its message, which may quote a prompt.
             told = from_engine(error)

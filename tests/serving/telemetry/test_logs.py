@@ -11,6 +11,7 @@ import pytest
 from serving.telemetry.access_log import AccessLog
 from serving.telemetry.logs import LOG_SOCKET, LogWriter
 from serving.telemetry.settings import LogSettings
+from tests.serving.dispatch.test_links import until
 from tests.serving.telemetry.conftest import BODY, HEADERS, KEY, SECRET
 
 pytestmark = pytest.mark.usefixtures("keep_loggers")
@@ -113,6 +114,18 @@ async def test_a_client_that_leaves_is_told_as_aborted(state, capsys):
     (line,) = access_lines(lines.end())
     assert (line["status"], line["outcome"]) == (200, "aborted")
     assert 1 <= line["output_tokens"] < 5000
+
+
+async def test_what_is_cancelled_before_its_answer_began_is_aborted_too(client, state, engine, capsys):
+    """As Ray Serve ends the handler of a client that left."""
+    lines = Lines(capsys)
+    state.observers.append(AccessLog(lines.settings).write)
+    running = asyncio.create_task(client.post("/v1/chat/completions", json={**BODY, "max_tokens": 50_000}))
+    await until(lambda: engine.stats().num_running)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    (line,) = access_lines(lines.end())
+    assert (line["status"], line["outcome"]) == (499, "aborted")
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
