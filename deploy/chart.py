@@ -1,7 +1,7 @@
 """Parts of the chart that are made from elsewhere: `python -m deploy.chart` writes them, a test compares.
 
 The schema of `config` comes from the configuration's own types, the table of values in docs/kubernetes.md
-from values.yaml and its comments, the dashboards from `monitoring`.
+from values.yaml and its comments, the dashboards and alert rules from `monitoring`.
 """
 
 import json
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from deploy.config import ClusterSettings
 from engine import EngineConfig
+from monitoring.alerts.render import text as alert_rules
 from monitoring.dashboards import DASHBOARDS
 from monitoring.dashboards.build import build
 from serving import RoutingSettings, ServingSettings
@@ -56,6 +57,7 @@ def made() -> dict[Path, str]:
     }
     return {
         **dashboards,
+        CHART / "rules" / "peregrine.yaml": alert_rules(),
         SCHEMA: json.dumps(schema, indent=1) + "\n",
         DOCUMENT: f"{text[:begin]}\n{values_table()}{text[end:]}",
     }
