@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from deploy.alerts import app
 from monitoring.alerts import ALERTS
 from monitoring.alerts.objectives import ITL_LIMITS_S
-from monitoring.alerts.render import annotations, text
+from monitoring.alerts.render import annotations, rules, text
 from serving.tiers import TIERS
+from tests.helm.rendering import render, values_file
 from tests.monitoring.alert_cases import CASES, Case, Series
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,11 @@ def test_export_may_point_to_the_pages_elsewhere(tmp_path):
         rule["annotations"]["runbook_url"] for group in groups for rule in group["rules"] if "alert" in rule
     }
     assert found == {f"https://wiki.example/runbooks/{name}.md" for name in BY_NAME}
+
+
+def test_the_charts_rules_are_these():
+    (rule,) = render(values_file("pod-monitor.yaml")).by_template["prometheusrule.yaml"]
+    assert rule["spec"]["groups"] == rules()["groups"]
 
 
 def test_every_built_in_tier_has_a_limit():
