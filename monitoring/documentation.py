@@ -29,7 +29,18 @@ engine makes tens of thousands a second. It would also give every figure a secon
 
 Tokens are not observed one by one: the engine adds up each step's gaps, the replica takes the sums in twice
 a second (`peregrine bench metrics` measures what that costs). Series whose labels are known from the
-configuration exist from the start, at 0. Everything is in base units."""
+configuration exist from the start, at 0. Everything is in base units.
+
+On one machine, with `serving.metrics.targets_dir: /run/peregrine/targets`, Prometheus' configuration is:
+
+    rule_files: [rules.yaml]  # of `peregrine alerts export rules.yaml`
+    scrape_configs:
+      - job_name: peregrine
+        file_sd_configs: [{files: [/run/peregrine/targets/*.json], refresh_interval: 5s}]
+
+Limits of the gap between tokens, above which the alert rules count it as missed, are those of the built-in
+tiers (`monitoring/alerts/objectives.py`); a tier of one's own has its deadline watched alone, until a limit
+is added there."""
 
 _TAIL = """## For a Gateway API InferencePool
 

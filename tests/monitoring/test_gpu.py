@@ -120,6 +120,12 @@ def test_a_replica_reads_its_own_gpu_alone(nvml, monkeypatch, visible):
     assert 'gpu="GPU-0"' not in text
 
 
+def test_the_double_has_the_packages_names():
+    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    names = [name for name in dir(Nvml()) if name.startswith(("nvml", "NVML"))]
+    assert [name for name in names if not hasattr(pynvml, name)] == []
+
+
 def test_nothing_is_registered_without_nvml_or_without_a_driver(nvml, monkeypatch):
     registry = CollectorRegistry()
 
