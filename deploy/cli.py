@@ -228,17 +228,16 @@ def node(
     ],
 ) -> None:
     """Run a command in the environment that a cluster's node needs; put -- before it."""
+    from deploy import node as nodes
     from deploy.config import ConfigError, load_config
-    from deploy.ray_environment import of_node
 
     try:
-        environment = of_node(load_config(config))
+        status = nodes.run(load_config(config), command)
     except (ConfigError, RuntimeError) as error:
         raise fail(str(error)) from None
-    try:
-        os.execvpe(command[0], command, os.environ | environment)
     except OSError as error:
         raise fail(f"{command[0]}: {error.strerror}") from None
+    raise typer.Exit(status)
 
 
 @app.command()

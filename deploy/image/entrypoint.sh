@@ -13,6 +13,9 @@ set -eu
 
 say() { echo "peregrine-entrypoint: $*" >&2; }
 
+# Processes of this node that may have streams; [] so that grep does not find itself.
+left() { grep -hs -a -o -e "ray::Serve[R]eplica[^ ]*" -e "[h]aproxy.cfg" /proc/[0-9]*/cmdline | tr '\0\n' '  ' | tr -s ' '; }
+
 # A user without a line in /etc/passwd (OpenShift gives such numbers) has no name, which torch asks for.
 id -un >/dev/null 2>&1 || { export USER=peregrine LOGNAME=peregrine; }
 # /home/peregrine may be part of a read-only root.
@@ -52,10 +55,11 @@ case "${1:-serve}" in
     timeout 20 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "the pod is to end" \
       --deadline-remaining-seconds "$2" || say "the cluster could not be told"
     deadline=$(($(date +%s) + $2))
-    # [] so that grep does not find itself. A proxy here may carry streams of replicas elsewhere.
-    while grep -qs -e "ray::Serve[R]eplica" -e "[h]aproxy.*haproxy.cfg" /proc/[0-9]*/cmdline; do
+    # A proxy here may carry streams of replicas elsewhere.
+    while [ -n "$(left)" ]; do
       [ "$(date +%s)" -lt "$deadline" ] || { say "streams are left after $2 s"; exit 1; }
       grep -qs "raylet/[r]aylet" /proc/[0-9]*/cmdline || exit 0
+      [ $(($(date +%s) % 15)) -ne 0 ] || say "left: $(left)"
       sleep 1
     done
     ;;
