@@ -58,6 +58,11 @@ loadtest: setup
 	$(BIN)/python -m tests.load.run $(SCENARIO) --url $(URL) --json loadtest-$(SCENARIO).json \
 		--html loadtest-$(SCENARIO).html
 
+# Checkov's pinned dependencies get an environment of their own.
+scan: setup
+	test -x $(VENV)-scan/bin/checkov || ($(PYTHON) -m venv $(VENV)-scan && $(VENV)-scan/bin/pip install --quiet checkov==3.3.30)
+	$(BIN)/python -m tests.helm.policy_scan $(VENV)-scan/bin/checkov
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis
+	rm -rf $(VENV) $(VENV)-scan build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

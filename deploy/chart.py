@@ -1,7 +1,7 @@
 """Parts of the chart that are made from elsewhere: `python -m deploy.chart` writes them, a test compares.
 
 The schema of `config` comes from the configuration's own types, the table of values in docs/kubernetes.md
-from values.yaml and its comments, the dashboards and alert rules from `monitoring`.
+from values.yaml and its comments, dashboards and rules from `monitoring`.
 """
 
 import json
@@ -23,6 +23,8 @@ from serving.telemetry.settings import LogSettings, TraceSettings
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "peregrine"
 SCHEMA = CHART / "values.schema.json"
+# The template puts monitoring.prometheusRule.runbooks in its place.
+RUNBOOKS = "docs/runbooks"
 DOCUMENT = REPOSITORY / "docs" / "kubernetes.md"
 
 SECTIONS: dict[str, Any] = {
@@ -57,7 +59,7 @@ def made() -> dict[Path, str]:
     }
     return {
         **dashboards,
-        CHART / "rules" / "peregrine.yaml": alert_rules(),
+        CHART / "rules" / "peregrine.yaml": alert_rules(RUNBOOKS),
         SCHEMA: json.dumps(schema, indent=1) + "\n",
         DOCUMENT: f"{text[:begin]}\n{values_table()}{text[end:]}",
     }

@@ -13,6 +13,7 @@ import yaml
 from deploy import chart, ray_environment
 from deploy.application import serve_config
 from deploy.config import config_from
+from monitoring.alerts.render import rules
 from tests.helm import crd_schemas
 from tests.helm.rendering import CHART, RELEASE, render, values_file
 
@@ -143,7 +144,7 @@ def test_no_secret_stands_in_plain_text(name):
     for spec in pods_of(manifests).values():
         for container in containers_of(spec):
             for variable in container.get("env", []):
-                if re.search(r"KEY|TOKEN|PASSWORD|SECRET", variable["name"]):
+                if re.search(r"KEY|TOKEN|PASSWORD|SECRET|HEADERS", variable["name"]):
                     assert "value" not in variable
                     assert "secretKeyRef" in variable["valueFrom"]
     assert "api_keys" not in json.dumps(manifests.all)
@@ -166,7 +167,8 @@ def test_secrets_go_to_those_who_need_them():
         v for v in without_job["worker"]["containers"][0]["env"] if v["name"] == "PEREGRINE_API_KEY"
     )
     assert reference["valueFrom"]["secretKeyRef"] == {"name": "peregrine-keys", "key": "tokens"}
-    assert "HF_TOKEN" in {v["name"] for v in without_job["worker"]["containers"][0]["env"]}
+    names = {v["name"] for v in without_job["worker"]["containers"][0]["env"]}
+    assert {"HF_TOKEN", "OTEL_EXPORTER_OTLP_HEADERS"} <= names
     redis = cluster_of(render(values_file("secrets.yaml")))["gcsFaultToleranceOptions"]
     assert redis["redisPassword"]["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "pass"}
 
@@ -413,6 +415,17 @@ def test_metrics_of_every_process_are_scraped():
     quiet = render({"config": {"routing": {"policy": "none"}}})
     names = {p["name"] for p in worker_container(quiet)["ports"]}
     assert names == {"serve", "metrics", "peregrine-0"}
+
+
+def test_rules_are_those_of_monitoring_with_links_of_ones_own():
+    values = {
+        "monitoring": {"prometheusRule": {"enabled": True, "runbooks": "https://wiki.example/runbooks/"}}
+    }
+    groups = render(values).one("PrometheusRule")["spec"]["groups"]
+    assert groups == rules("https://wiki.example/runbooks")["groups"]
+    links = [r["annotations"]["runbook_url"] for g in groups for r in g["rules"] if "alert" in r]
+    assert links
+    assert all(link.startswith("https://wiki.example/runbooks/Peregrine") for link in links)
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,13 @@ securityContext: {{- include "peregrine.securityContext" . | nindent 2 }}
 {{- define "peregrine.nodeEnv" -}}
 - {name: PEREGRINE_CONFIG, value: /etc/peregrine/peregrine.yaml}
 - {name: RAY_START_ULIMIT_OPEN_FILES, value: "65536"}
-# Else the lines of Ray's processes, requests' among them, stay in files that nobody collects.
-- {name: RAY_LOG_TO_STDERR, value: "1"}
 {{- with .Values.auth.existingSecret }}
 - name: PEREGRINE_API_KEY
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.Values.auth.key }}}}
+{{- end }}
+{{- with .Values.otlp.existingSecret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.Values.otlp.key }}}}
 {{- end }}
 {{- if include "peregrine.isPrefetched" . }}
 - {name: HF_HUB_OFFLINE, value: "1"}
