@@ -182,6 +182,7 @@ class EngineCore:
             total_drafts=scheduler.total_drafts,
             total_draft_tokens=scheduler.total_draft_tokens,
             total_accepted_tokens=scheduler.total_accepted_tokens,
+            num_preempted=scheduler.num_preempted,
         )
 
     def _emit(self, request: Request, tokens: list[SampledToken]) -> list[TokenOutput]:

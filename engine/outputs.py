@@ -114,6 +114,8 @@ class EngineStats:
     """Verifications of one sequence's drafts; each brought 1 + accepted / drafts tokens in the mean."""
     total_draft_tokens: int = 0
     total_accepted_tokens: int = 0
+    num_preempted: int = 0
+    """Of those that wait: gave up their blocks, and compute their tokens again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,13 @@ class Scheduler:
         waiting = sum(r.num_tokens for r in self.waiting)
         return waiting + sum(r.num_missing_tokens for r in self.running if not r.is_decoding)
 
+    @property
+    def num_preempted(self) -> int:
+        """Waiting requests that ran before."""
+        if not self.total_preemptions:  # asked after every step
+            return 0
+        return sum(r.status is RequestStatus.PREEMPTED for r in self.waiting)
+
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an id that is in use."""
         if request.request_id in self.requests:

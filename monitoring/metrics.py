@@ -107,6 +107,12 @@ _REQUESTS = (
     ),
     Metric("peregrine_requests_running", "gauge", "requests", "Sequences in the running batch."),
     Metric("peregrine_requests_waiting", "gauge", "requests", "Sequences queued in the engine."),
+    Metric(
+        "peregrine_requests_preempted",
+        "gauge",
+        "requests",
+        "Of the queued sequences, those that ran before and gave up their KV blocks.",
+    ),
     Metric("peregrine_waiting_tokens", "gauge", "tokens", "Prompt tokens not yet computed."),
     Metric(
         "peregrine_preemptions_total",

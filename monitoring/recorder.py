@@ -58,6 +58,7 @@ class Recorder:
             "peregrine_requests_inflight": num_inflight,
             "peregrine_requests_running": stats.num_running,
             "peregrine_requests_waiting": stats.num_waiting,
+            "peregrine_requests_preempted": stats.num_preempted,
             "peregrine_waiting_tokens": stats.num_waiting_tokens,
             "peregrine_kv_usage_ratio": num_used / max(1, stats.num_blocks),
         }

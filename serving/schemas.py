@@ -317,6 +317,7 @@ class Stats(BaseModel):
     num_free_blocks: int
     num_cached_blocks: int
     num_waiting_tokens: int
+    num_preempted: int
     total_steps: int
     total_prompt_tokens: int
     total_cached_tokens: int

@@ -94,9 +94,12 @@ ENGINE = Dashboard(
                 ),
                 Panel(
                     "Queued sequences",
-                    "By replica.",
+                    "By replica; and those of them that ran before and gave up their blocks.",
                     "short",
-                    (Target(q.series("peregrine_requests_waiting"), "{{instance}}"),),
+                    (
+                        Target(q.series("peregrine_requests_waiting"), "{{instance}}"),
+                        Target(q.series("peregrine_requests_preempted"), "{{instance}} preempted"),
+                    ),
                     width=12,
                 ),
                 Panel(

@@ -114,7 +114,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert b.status is RequestStatus.PREEMPTED
     assert (b.num_computed_tokens, b.block_ids) == (0, [])
     assert [r.request_id for r in scheduler.waiting] == ["b", "c"]
-    assert scheduler.total_preemptions == 1
+    assert (scheduler.total_preemptions, scheduler.num_preempted) == (1, 1)
     scheduler.update(output, {"a": [EOS]})
     assert step(scheduler) == {"b": 8}  # all nine known tokens are computed again, eight now
     assert step(scheduler) == {"b": 1, "c": 1}
