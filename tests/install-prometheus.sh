@@ -9,7 +9,8 @@ if [ "$(id -u)" = 0 ]; then run=""; elif command -v sudo >/dev/null; then run="s
   say "no promtool; as root, 'apt-get install prometheus' would have the rules tested"; exit 0
 fi
 say "installing prometheus"
-# The package would start a service of its own where there is a service manager: masked, nothing runs but tests.
+# The package would start servers on all addresses where there is a service manager: masked, nothing runs but tests
+# ('systemctl unmask prometheus' is for who wants it).
 command -v systemctl >/dev/null && $run systemctl mask prometheus.service prometheus-node-exporter.service >/dev/null 2>&1
 $run apt-get update -qq && $run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus \
   || say "prometheus could not be installed: its tests will be skipped"
