@@ -19,6 +19,10 @@ from tests.helm.rendering import CHART, RELEASE, render, values_file
 
 KUBERNETES = ("1.29", "1.34")
 FILES = ["values-cpu.yaml", *sorted(p.name for p in (Path(__file__).parent / "values").iterdir())]
+STEPS = {
+    "upgrade": {"strategy": "NewClusterWithIncrementalUpgrade", "gatewayClassName": "istio"},
+    "config": {"cluster": {"autoscaling": {"max_replicas": 2}}},
+}
 all_files = pytest.mark.parametrize("name", FILES)
 
 
@@ -37,7 +41,8 @@ def pods_of(manifests) -> dict[str, dict]:
     specs["worker"] = cluster["workerGroupSpecs"][0]["template"]["spec"]
     for job in manifests.of("Job"):
         specs["job"] = job["spec"]["template"]["spec"]
-    return {**specs, "test": manifests.one("Pod")["spec"]}
+    specs |= {"test": pod["spec"] for pod in manifests.of("Pod")}  # noqa: B035  # at most one
+    return specs
 
 
 def containers_of(spec: dict) -> list[dict]:
@@ -221,11 +226,12 @@ def test_each_option_adds_its_resource(values, kind, number):
 def test_what_selects_never_changes(name):
     """Selectors and pods carry the release's identity alone: no version, no chart, no value."""
     manifests = render(values_file(name))
-    identity = {"app.kubernetes.io/name": "peregrine", "app.kubernetes.io/instance": RELEASE}
+    identity = {"app.kubernetes.io/part-of": "peregrine", "app.kubernetes.io/instance": RELEASE}
     selectors = [d["spec"]["selector"]["matchLabels"] for d in manifests.of("PodDisruptionBudget")]
     selectors += [d["spec"]["podSelector"]["matchLabels"] for d in manifests.of("NetworkPolicy")]
     selectors += [d["spec"]["selector"]["matchLabels"] for d in manifests.of("PodMonitor")]
     cluster = cluster_of(manifests)
+    # KubeRay's service for the head selects app.kubernetes.io/name: kuberay, so that it must not be there.
     selectors += [
         g["template"]["metadata"]["labels"] for g in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     ]
@@ -464,11 +470,20 @@ def test_a_wrong_value_is_refused_by_its_name(values, message):
             "gatewayClassName",
         ),
         ({"modelCache": {"quantize": {"bits": 4}}}, "modelCache.enabled"),
+        ({**STEPS, "ingress": {"enabled": True, "host": "h"}}, "ingress.enabled"),
+        ({**STEPS, "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}}, "httpRoute.enabled"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(values, message):
     with pytest.raises(helm.HelmError, match=re.escape(message)):
         render(values)
+
+
+def test_by_steps_there_is_no_service_of_the_releases_name():
+    assert render(STEPS).of("Pod") == []
+    assert "pg-peregrine-serve-svc" not in render(STEPS).notes
+    test = render({**STEPS, "test": {"url": "http://gateway.llm"}}).one("Pod")
+    assert "http://gateway.llm" in test["spec"]["containers"][0]["args"]
 
 
 @all_files

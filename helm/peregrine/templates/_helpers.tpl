@@ -14,17 +14,18 @@
 {{- end }}
 
 {{/* What selects: never changes over a release's life. Pods carry these and no version, for which KubeRay
-would start a new cluster at every release of the chart. */}}
+would start a new cluster at every release of the chart; nor app.kubernetes.io/name, by whose value of its own
+KubeRay's service for the head finds its pod. */}}
 {{- define "peregrine.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "peregrine.name" . }}
+app.kubernetes.io/part-of: peregrine
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
 {{- define "peregrine.labels" -}}
 {{ include "peregrine.selectorLabels" . }}
+app.kubernetes.io/name: {{ include "peregrine.name" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/part-of: peregrine
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
@@ -60,4 +61,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* From the longest stream on: a pod's grace period, and an old cluster's life. */}}
 {{- define "peregrine.drainSeconds" -}}
 {{- add (ceil .Values.config.serving.request_timeout_s) 30 .Values.drainMarginSeconds }}
+{{- end }}
+
+{{/* Then each Ray cluster has a service of its own, and none bears the RayService's name. */}}
+{{- define "peregrine.isIncremental" -}}
+{{- if eq .Values.upgrade.strategy "NewClusterWithIncrementalUpgrade" }}true{{ end }}
+{{- end }}
+
+{{- define "peregrine.testUrl" -}}
+{{- if .Values.test.url }}{{ .Values.test.url }}
+{{- else if not (include "peregrine.isIncremental" .) -}}
+http://{{ include "peregrine.serveService" . }}.{{ .Release.Namespace }}.svc:{{ .Values.config.cluster.port }}
+{{- end }}
 {{- end }}
