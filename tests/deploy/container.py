@@ -212,6 +212,7 @@ for device in null zero full random urandom; do
 done
 ln -s /proc/self/fd $root/dev/fd
 volume /dev/shm 1777
+volume /tmp 1777  # before what follows: a checkout may lie in it
 # What the image copies: the packages and their Python lie elsewhere here, under the image's names.
 {copied}
 mkdir -p $root/opt/peregrine/bin
@@ -223,8 +224,7 @@ mkdir $root/bin.image
 cp {entrypoint} $root/bin.image/peregrine-entrypoint
 chmod 0755 $root/bin.image/peregrine-entrypoint
 mount --bind $root/bin.image $root/usr/local/bin
-# The volumes; all else cannot be written.
-volume /tmp 1777
+# The volume; all else but /tmp and /dev/shm cannot be written.
 volume /cache 0770
 chown {user}:{user} $root/cache
 mkdir -p $root/home/peregrine

