@@ -4,7 +4,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from serving.status.activity import MAX_RECENT, SERIES_S, WINDOW_S, RecentRequest
 from serving.status.histogram import Histogram
@@ -62,25 +62,6 @@ class TierView(BaseModel):
     attainment: float | None
 
 
-class RecentView(BaseModel):
-    model_config = ConfigDict(from_attributes=True)
-
-    ended_at: float
-    request_id: str
-    replica: str
-    operation: str
-    tier: str
-    outcome: str
-    status: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    queue_ms: float | None
-    ttft_ms: float | None
-    tokens_per_s: float | None
-    total_ms: float
-
-
 class Overview(BaseModel):
     """What the status page shows; the latest requests come without any of their text."""
 
@@ -101,7 +82,7 @@ class Overview(BaseModel):
     waiting: int
     replicas: list[ReplicaView]
     tiers: list[TierView]
-    recent: list[RecentView]
+    recent: list[RecentRequest]
 
 
 def overview(
@@ -143,7 +124,7 @@ def overview(
         waiting=sum(s.num_waiting for s in ordered),
         replicas=[_replica(s, now) for s in ordered],
         tiers=_tiers(ordered, tiers),
-        recent=[RecentView.model_validate(r) for r in recent],
+        recent=list(recent),
     )
 
 
