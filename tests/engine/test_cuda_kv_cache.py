@@ -18,34 +18,21 @@ from engine.cuda.layers import Layers
 from engine.cuda.prefill import Chunk, Prefill
 from engine.cuda.random_model import RandomModel
 from engine.messages import AddRequest
-from engine.models.config import ModelConfig, RopeConfig
+from engine.models.config import ModelConfig
 from kernels.cuda import tables
 from kernels.kv_cache import BLOCK_TOKENS, allocate
 from kernels.reference import rms_norm
+from tests.engine.test_cuda_prefill import CONFIG
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU (sm_90)")]
 DEVICE = torch.device("cuda")
 MAX_LEN = 1024
-LLAMA = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=512,
-    hidden_size=1024,
-    intermediate_size=1376,
-    num_layers=3,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=4096,
-    rope=RopeConfig(10_000.0),
-    tie_word_embeddings=False,
-)
-NARROW = replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=768)
+NARROW = replace(CONFIG, num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=768)
 TIE, LEAST_EQUAL = 0.25, 0.8  # of the logits' standard deviation; see test_fp8_kv_cache.py
 
 
-@pytest.fixture(scope="module", params=[LLAMA, NARROW], ids=["heads-of-128", "heads-of-64"])
+@pytest.fixture(scope="module", params=[CONFIG, NARROW], ids=["heads-of-128", "heads-of-64"])
 def config(request) -> ModelConfig:
     return request.param
 
