@@ -2,6 +2,7 @@
 
 from engine.api import InferenceEngine
 from engine.config import EngineConfig
+from engine.constraint import Constraint
 from engine.errors import (
     EngineDeadError,
     EngineError,
@@ -26,6 +27,7 @@ from engine.urgency import MAX_PRIORITY, Urgency
 
 __all__ = [
     "MAX_PRIORITY",
+    "Constraint",
     "EngineConfig",
     "EngineDeadError",
     "EngineError",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.constraint import Constraint
 from engine.errors import ParameterError
 
 MAX_LOGPROBS = 20
@@ -34,6 +35,7 @@ class SamplingParams:
             sampled token alone, None nothing.
         prompt_logprobs: the same for the prompt's tokens (turns prefix hits off for this request).
         logit_bias: token id -> value in [-100, 100] added to its logit before sampling.
+        constraint: the language that the output belongs to; tokens that leave it are never sampled.
 
     Raises:
         ParameterError: naming the field and the allowed values.
@@ -55,6 +57,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0.0, 2.0)
@@ -83,6 +86,10 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _int_in_range("logit_bias", token_id, 0, None)
             _in_range("logit_bias", bias, -100.0, 100.0)
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise ParameterError(
+                "constraint", f"must be a Constraint or None, got {type(self.constraint).__name__}"
+            )
 
     @property
     def is_greedy(self) -> bool:
