@@ -18,12 +18,24 @@ class InferenceEngine(Protocol):
         """Token ids of `text`, computed off the event loop."""
         ...
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation under the model's chat template, ready for the assistant's turn.
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template.
+
+        add_generation_prompt: ready for the assistant's turn.
 
         Raises ParameterError("messages", ...) when the model has no chat template or the template
         refuses the conversation.
         """
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its exact string in the vocabulary; None where there is none."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that has none."""
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

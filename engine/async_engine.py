@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from engine.checkpoint import open_checkpoint
@@ -83,10 +84,21 @@ class AsyncEngine:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        apply = partial(
+            self.tokenizer.apply_chat_template, messages, add_generation_prompt=add_generation_prompt
+        )
         if sum(len(str(m.get("content") or "")) for m in messages) <= _INLINE_TOKENIZE_CHARS:
-            return self.tokenizer.apply_chat_template(messages)
-        return await asyncio.to_thread(self.tokenizer.apply_chat_template, messages)
+            return apply()
+        return await asyncio.to_thread(apply)
+
+    def token_id(self, token: str) -> int | None:
+        return self.tokenizer.token_id(token)
+
+    def token(self, token_id: int) -> str:
+        return self.tokenizer.token(token_id)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False)

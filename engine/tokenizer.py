@@ -30,8 +30,19 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the conversation and the opening of the assistant's turn.
+    def token_id(self, token: str) -> int | None:
+        """Id of a token by its exact string in the vocabulary; None where there is none."""
+        token_id: int | None = self.backend.token_to_id(token)
+        return token_id
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that has none."""
+        return self.backend.id_to_token(token_id) or ""
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of the conversation and, where asked for, the opening of the assistant's turn.
 
         Raises ParameterError("messages", ...) when there is no template or it refuses.
         """
@@ -39,7 +50,9 @@ class Tokenizer:
             raise ParameterError("messages", "the model has no chat template; use the completions endpoint")
         try:
             text: str = self._hf.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise ParameterError("messages", f"the chat template refuses the conversation: {error}") from None

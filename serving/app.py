@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from serving.api.chat import chat_router
 from serving.api.completions import completions_router
 from serving.api.operations import operations_router
+from serving.api.tokens import tokens_router
 from serving.errors import ErrorResponse, install_error_handlers
 from serving.middleware import FrontDoor
 from serving.state import ReplicaState, package_version
@@ -34,7 +35,7 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peer
         redoc_url=None,
     )
     install_error_handlers(app)
-    for router in (chat_router, completions_router, operations_router):
+    for router in (chat_router, completions_router, tokens_router, operations_router):
         app.include_router(router(state, _RESPONSES))
     if state.settings.status_page:
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))

@@ -21,6 +21,7 @@ from serving.telemetry.exchange import CLIENT_GONE, UNKNOWN_ROUTE, Exchange
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _INSANE = re.compile(rb"[^A-Za-z0-9._-]")
 _TRACE_HEADERS = ("traceparent", "tracestate")
+_NEEDS_KEY = ("/v1", "/tokenize", "/detokenize")
 
 
 class FrontDoor:
@@ -104,7 +105,7 @@ class FrontDoor:
         return self._state.links.flight(text, arrival)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or not path.startswith("/v1"):
+        if not self._keys or not path.startswith(_NEEDS_KEY):
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not given:

@@ -9,11 +9,13 @@ from engine import ParameterError, SamplingParams
 MAX_STOP = 4
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are errors, and so are numbers that JSON does not know."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _one_of(*kinds: str) -> BeforeValidator:
+def one_of(*kinds: str) -> BeforeValidator:
     """Refuse other JSON types with one clear sentence instead of one error for each union member."""
 
     def check(value: Any) -> Any:
@@ -51,11 +53,11 @@ StrictBool = Annotated[bool, Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Stop = Annotated[
     str | list[str] | None,
-    _one_of("a non-empty string", f"an array of 1 to {MAX_STOP} non-empty strings", "null"),
+    one_of("a non-empty string", f"an array of 1 to {MAX_STOP} non-empty strings", "null"),
 ]
 Prompt = Annotated[
     str | list[str] | list[TokenId] | list[list[TokenId]],
-    _one_of(
+    one_of(
         "a string",
         "a non-empty array of strings",
         "a non-empty array of token ids",
@@ -64,20 +66,20 @@ Prompt = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-Content = Annotated[str | list[TextPart], _one_of("a string", "an array of content parts")]
+Content = Annotated[str | list[TextPart], one_of("a string", "an array of content parts")]
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
     name: str | None = None
@@ -91,11 +93,11 @@ class ChatMessage(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class _SamplingFields(_Strict):
+class _SamplingFields(Strict):
     """Parameters of both endpoints. The last block is an extension, named as other servers name it."""
 
     model: Annotated[str, StringConstraints(min_length=1)]

@@ -81,8 +81,16 @@ class TimedEngine:
             self._is_hung = True
         return [ord(c) % 256 for c in text[::BYTES_PER_TOKEN]] or [0]
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
         return await self.tokenize("\n".join(str(m.get("content") or "") for m in messages))
+
+    def token_id(self, token: str) -> int | None:
+        return None
+
+    def token(self, token_id: int) -> str:
+        return "word"
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return " word" * len(token_ids)

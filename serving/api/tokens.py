@@ -1,0 +1,53 @@
+"""POST /tokenize and /detokenize."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from engine import ParameterError
+from serving.state import ReplicaState
+from serving.strict_json import StrictJsonRoute
+from serving.token_schemas import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+
+
+def tokens_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
+    router = APIRouter(tags=["tokens"], route_class=StrictJsonRoute)
+
+    @router.post("/tokenize", responses=responses)
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """Token ids of a text or of a conversation, as a request with it would compute them."""
+        engine = state.engine
+        if body.model is not None:
+            state.check_model(body.model)
+        if body.messages is not None:
+            tokens = await engine.tokenize_chat(
+                [m.as_template_input() for m in body.messages],
+                add_generation_prompt=body.add_generation_prompt is not False,
+            )
+        else:
+            tokens = await engine.tokenize(
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+            )
+        return TokenizeResponse(
+            count=len(tokens),
+            max_model_len=engine.model.max_model_len,
+            tokens=tokens,
+            token_strs=[engine.token(t) for t in tokens] if body.return_token_strs else None,
+        )
+
+    @router.post("/detokenize", responses=responses)
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The tokens' text, special tokens included."""
+        engine = state.engine
+        if body.model is not None:
+            state.check_model(body.model)
+        if any(token >= engine.model.vocab_size for token in body.tokens):
+            raise ParameterError("tokens", f"token ids must be in [0, {engine.model.vocab_size - 1}]")
+        return DetokenizeResponse(prompt=engine.detokenize(body.tokens))
+
+    return router
