@@ -10,8 +10,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine import EngineDeadError
-from serving.errors import from_engine
+from serving.errors import ApiError
 from serving.stream_guard import StreamGuard, chunked
 
 T = TypeVar("T")
@@ -26,17 +25,20 @@ class ClientGone(Exception):
 class SseResponse(StreamingResponse):
     """Server-sent events from a generator, which is closed at once when the client leaves.
 
-    guard: ends the stream with an error event if this process is killed.
+    guard: ends the stream with `last_words` if this process is killed.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], guard: StreamGuard | None = None) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], guard: StreamGuard | None, last_words: bytes
+    ) -> None:
         # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
         headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
         super().__init__(chunks, headers=headers)
         self._chunks = chunks
         self._guard = guard
+        self._last_words = last_words
         self._scope: Scope = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +46,9 @@ class SseResponse(StreamingResponse):
         await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
-        watch = self._guard.watch(self._scope, _LAST_WORDS) if self._guard is not None else None
+        watch = None
+        if self._guard is not None:
+            watch = self._guard.watch(self._scope, chunked(self._last_words))
         try:
             async with contextlib.aclosing(self._chunks):
                 await super().stream_response(send)
@@ -57,12 +61,9 @@ def event(payload: object) -> bytes:
     return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def error_event(error: Exception) -> bytes:
+def error_event(error: ApiError) -> bytes:
     """The error object as an event: the status line has long been sent."""
-    return event(from_engine(error).body().model_dump())
-
-
-_LAST_WORDS = chunked(error_event(EngineDeadError("the replica's process ended")) + DONE)
+    return event(error.body().model_dump())
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], deadline: float) -> T:

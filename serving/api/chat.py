@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine import InferenceEngine, PositionLogprobs, RequestOutput, TokenLogprob
 from serving.api.generation import CollectedChoice, Job, Presenter, check_context, common_fields, respond
+from serving.errors import ApiError
 from serving.schemas import (
     AssistantMessage,
     ChatChoice,
@@ -20,7 +21,7 @@ from serving.schemas import (
     Usage,
 )
 from serving.state import ReplicaState, package_version
-from serving.streaming import event
+from serving.streaming import DONE, error_event, event
 from serving.strict_json import StrictJsonRoute
 
 
@@ -102,9 +103,14 @@ class _ChatPresenter:
             chunk += self._chunk(output.index, "{}", "null", f'"{output.finish_reason}"{stop_reason}')
         return chunk
 
-    def usage_chunk(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage) -> bytes:
+        if not self._job.include_usage:
+            return DONE
         fields = common_fields(self._job, "chat.completion.chunk")
-        return event({**fields, "choices": [], "usage": usage.model_dump()})
+        return event({**fields, "choices": [], "usage": usage.model_dump()}) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error) + DONE
 
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> bytes:
         return (

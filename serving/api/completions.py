@@ -14,7 +14,7 @@ from serving.api.generation import CollectedChoice, Job, Presenter, check_contex
 from serving.errors import ApiError
 from serving.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from serving.state import ReplicaState, package_version
-from serving.streaming import event
+from serving.streaming import DONE, error_event, event
 from serving.strict_json import StrictJsonRoute
 
 MAX_PROMPTS = 64
@@ -125,10 +125,14 @@ class _CompletionPresenter:
             f'"finish_reason":{finish}}}]}}\n\n'
         ).encode()
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return event(
-            {**common_fields(self._job, "text_completion"), "choices": [], "usage": usage.model_dump()}
-        )
+    def end(self, usage: Usage) -> bytes:
+        if not self._job.include_usage:
+            return DONE
+        fields = common_fields(self._job, "text_completion")
+        return event({**fields, "choices": [], "usage": usage.model_dump()}) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error) + DONE
 
     def _choice(
         self,

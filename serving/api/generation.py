@@ -16,11 +16,13 @@ from serving.dispatch.reporter import Flight, refusal_wait_s
 from serving.errors import ApiError, from_engine, overloaded
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
-from serving.streaming import DONE, ClientGone, SseResponse, error_event, unless_client_leaves
+from serving.streaming import ClientGone, SseResponse, unless_client_leaves
 from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation
 from serving.tiers import choose_service
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
+
+_KILLED = EngineDeadError("the replica's process ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,13 @@ class Presenter(Protocol):
         """The events of one output; empty when there is nothing to show yet."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage) -> bytes:
+        """The last events of a stream that is whole."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of a stream that broke off."""
+        ...
 
 
 async def respond(
@@ -143,8 +151,8 @@ async def respond(
         if flight is not None:
             flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
-    chunks = _stream(state, outputs, first, presenter, job, deadline, flight, exchange)
-    return SseResponse(chunks, state.guard)
+    chunks = _stream(state, outputs, first, presenter, deadline, flight, exchange)
+    return SseResponse(chunks, state.guard, last_words=presenter.failure(from_engine(_KILLED)))
 
 
 async def _collect(
@@ -180,7 +188,6 @@ async def _stream(
     outputs: Outputs,
     first: tuple[int, RequestOutput],
     presenter: Presenter,
-    job: Job,
     deadline: float,
     flight: Flight | None,
     exchange: Exchange,
@@ -205,17 +212,15 @@ async def _stream(
                     break
         if flight is not None:
             flight.ended("finished", usage.usage().completion_tokens)
-        if job.include_usage:
-            yield presenter.usage_chunk(usage.usage())
+        last = presenter.end(usage.usage())
         made.is_complete = True
-        yield DONE
+        yield last
     except Exception as error:
         if flight is not None:
             flight.ended("failed")
         told = from_engine(error)
         exchange.error = told.code
-        yield error_event(told)
-        yield DONE
+        yield presenter.failure(told)
     finally:
         state.admission.num_inflight -= 1
         usage.tell(made)
