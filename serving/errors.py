@@ -1,7 +1,7 @@
 """Every failure as OpenAI's error object: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -95,25 +95,25 @@ def from_engine(error: Exception) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every failure of the app, its routes and its middleware an OpenAI error object."""
+    """Make every failure of the app, its routes and its middleware its API's error object."""
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if isinstance(error, ApiError):
-            return _noted(request, error).response()
+            return _answer(request, error)
         message = str(error.detail)
         if error.status_code == 404:
             message = f"Unknown request URL: {request.method} {request.url.path}."
         if error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path}."
-        return _noted(request, ApiError(error.status_code, message, headers=error.headers)).response()
+        return _answer(request, ApiError(error.status_code, message, headers=error.headers))
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return _noted(request, from_validation(error.errors())).response()
+        return _answer(request, from_validation(error.errors()))
 
     async def on_other(request: Request, error: Exception) -> JSONResponse:
-        return _noted(request, from_engine(error)).response()
+        return _answer(request, from_engine(error))
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_validation)
@@ -122,11 +122,13 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_other)
 
 
-def _noted(request: Request, error: ApiError) -> ApiError:
-    """Log and traces tell the code, never the message, which may quote the request."""
+def _answer(request: Request, error: ApiError) -> JSONResponse:
+    """In the form of the API that the request speaks (`FrontDoor`)."""
     if (exchange := getattr(request.state, "exchange", None)) is not None:
+        # Log and traces tell the code, never the message, which may quote the request.
         exchange.error = error.code or _TYPE_OF_STATUS.get(error.status_code, "invalid_request_error")
-    return error
+    answer: Callable[[ApiError], JSONResponse] = getattr(request.state, "answer_error", ApiError.response)
+    return answer(error)
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:

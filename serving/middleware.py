@@ -5,13 +5,17 @@ Pure ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between t
 """
 
 import asyncio
+import functools
 import hmac
 import re
 import time
 import uuid
+from collections.abc import Callable
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.anthropic.errors import anthropic_response, speaks_anthropic
 from serving.dispatch.headers import DECIDED, PEREGRINE_ROUTE, ROUTE
 from serving.dispatch.reporter import Flight
 from serving.errors import ApiError, from_engine
@@ -25,7 +29,8 @@ _NEEDS_KEY = ("/v1", "/tokenize", "/detokenize")
 
 
 class FrontDoor:
-    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), `exchange` and `flight`, once.
+    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), `exchange`, `flight` and `answer_error`
+    (a failure as a response in the form of the API that the request speaks), once.
 
     `exchange` is filled on the way and handed to the state's observers when the last byte is gone.
     `flight` is the request in its router's books, None if no router sent it; whatever becomes of the request,
@@ -54,7 +59,10 @@ class FrontDoor:
         exchange.trace_headers = _decoded(headers, _TRACE_HEADERS)
         if flight is not None:
             exchange.routing = _decoded(headers, (ROUTE, DECIDED))
-        scope.setdefault("state", {}).update(arrival_time=arrival, flight=flight, exchange=exchange)
+        answer_error, added_headers = self._forms(scope["path"], headers, request_id)
+        scope.setdefault("state", {}).update(
+            arrival_time=arrival, flight=flight, exchange=exchange, answer_error=answer_error
+        )
 
         has_begun = False
 
@@ -63,7 +71,7 @@ class FrontDoor:
             if message["type"] == "http.response.start":
                 has_begun = True
                 exchange.status = message["status"]
-                added = [(b"x-request-id", request_id)] if self._answers_with_id else []
+                added = list(added_headers)
                 if flight is not None:
                     route = flight.explain(self._state.replica).encode("latin-1", "replace")
                     added.append((PEREGRINE_ROUTE.encode(), route))
@@ -76,7 +84,7 @@ class FrontDoor:
             await self._app(scope, self._limited(receive), send_noting_status)
         except ApiError as error:
             exchange.error = error.code
-            await error.response()(scope, receive, send_noting_status)
+            await answer_error(error)(scope, receive, send_noting_status)
         except asyncio.CancelledError:
             if not has_begun:  # the server around this app ends it when its client is gone
                 exchange.status = CLIENT_GONE
@@ -87,7 +95,7 @@ class FrontDoor:
             exchange.error = told.code
             if has_begun:
                 raise
-            await told.response()(scope, receive, send_noting_status)
+            await answer_error(told)(scope, receive, send_noting_status)
         finally:
             if flight is not None:  # no news where the route has told its end already
                 flight.ended("failed" if exchange.status >= 500 else "aborted")
@@ -98,6 +106,16 @@ class FrontDoor:
             self._recorder.record_http(path, exchange.status, exchange.total_s)
             self._state.observe(exchange)
 
+    def _forms(
+        self, path: str, headers: dict[bytes, bytes], request_id: bytes
+    ) -> tuple[Callable[[ApiError], Response], list[tuple[bytes, bytes]]]:
+        """How the request's API tells a failure, and the headers that every response to it has."""
+        added = [(b"x-request-id", request_id)] if self._answers_with_id else []
+        if not speaks_anthropic(path, headers):
+            return ApiError.response, added
+        added.append((b"request-id", request_id))
+        return functools.partial(anthropic_response, request_id=request_id.decode()), added
+
     def _flight(self, headers: dict[bytes, bytes], arrival: float) -> Flight | None:
         if self._state.links is None:
             return None
@@ -107,16 +125,16 @@ class FrontDoor:
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self._keys or not path.startswith(_NEEDS_KEY):
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not given:
+        given = _key(headers)
+        if not given:
             raise ApiError(
                 401,
-                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.",
+                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         # Every key is compared, so that the time taken says nothing about which one came close.
-        if not sum(hmac.compare_digest(given.strip(), key) for key in self._keys):
+        if not sum(hmac.compare_digest(given, key) for key in self._keys):
             raise ApiError(
                 401,
                 "Incorrect API key provided.",
@@ -146,6 +164,12 @@ class FrontDoor:
     def _too_large(self) -> ApiError:
         limit = self._settings.max_body_bytes
         return ApiError(413, f"The body is larger than the limit of {limit} bytes.", code="request_too_large")
+
+
+def _key(headers: dict[bytes, bytes]) -> bytes:
+    """OpenAI's clients send a bearer token, Anthropic's a header of its own; empty without either."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
 
 
 def _request_id(headers: dict[bytes, bytes]) -> bytes:
