@@ -38,6 +38,10 @@ class InferenceEngine(Protocol):
         """The token as the vocabulary spells it; empty for an id that has none."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that the token stands for; alone they need not be valid UTF-8."""
+        ...
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special ones included."""
         ...

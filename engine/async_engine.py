@@ -100,6 +100,9 @@ class AsyncEngine:
     def token(self, token_id: int) -> str:
         return self.tokenizer.token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokenizer.token_bytes(token_id)
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 

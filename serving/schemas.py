@@ -1,10 +1,12 @@
 """The OpenAI API's requests and responses. A field that is not served yet is refused, never ignored."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from engine import ParameterError, SamplingParams
+from engine.sampling_params import MAX_N
 
 MAX_STOP = 4
 
@@ -103,7 +105,7 @@ class _SamplingFields(Strict):
     model: Annotated[str, StringConstraints(min_length=1)]
     temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop = None
@@ -191,25 +193,40 @@ class CompletionRequest(_SamplingFields):
     max_tokens: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
-    best_of: StrictInt | None = None
-    suffix: None = None
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = None
+    suffix: str | None = None
 
     @model_validator(mode="after")
     def _combinations(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ParameterError("best_of", "must equal n; picking the best of more is not supported")
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise ParameterError("best_of", f"must be at least n, which is {n}")
+        if self.stream and self.best_of is not None and self.best_of > n:
+            raise ParameterError("best_of", "must equal n when stream is true: the best is known at the end")
         if self.max_tokens == 0 and not self.echo:
             raise ParameterError("max_tokens", "must be at least 1 unless echo is true")
+        if self.suffix is not None and self.echo:
+            raise ParameterError("echo", "must be false with suffix: the answer stands between the two")
         return self
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def num_candidates(self) -> int:
+        """Of which the n best are the answer."""
+        return self.best_of or self.n or 1
+
     def sampling_params(self) -> SamplingParams:
-        # Without a new token there is nothing to run, so echo alone computes one and drops it.
-        max_tokens = None if self.max_tokens is None else max(1, self.max_tokens)
-        return self._sampling(max_tokens, self.logprobs, self.logprobs if self.echo else None)
+        prompt_logprobs = self.logprobs if self.echo else None
+        if self.max_tokens == 0:
+            # Without a new token there is nothing to run: one is computed and dropped, whichever it is.
+            one = self._sampling(1, None, prompt_logprobs)
+            return replace(one, ignore_eos=True, stop=(), stop_token_ids=())
+        ranks = self.num_candidates > (self.n or 1)
+        logprobs = 0 if ranks and self.logprobs is None else self.logprobs
+        return replace(self._sampling(self.max_tokens, logprobs, prompt_logprobs), n=self.num_candidates)
 
 
 class PromptTokensDetails(BaseModel):

@@ -92,6 +92,9 @@ class TimedEngine:
     def token(self, token_id: int) -> str:
         return "word"
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return b" word"
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return " word" * len(token_ids)
 

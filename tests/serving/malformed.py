@@ -146,8 +146,10 @@ CASES: list[Case] = [
     chat("response_format json", "response_format.type", response_format={"type": "json_object"}),
     chat("audio", "modalities[0]", modalities=["audio"]),
     chat("store", "store", store=True),
-    completion("suffix", "suffix", suffix="x"),
-    completion("best_of above n", "best_of", best_of=3),
+    completion("suffix of a model that knows no middle", "suffix", 400, "fill in the middle", suffix="x"),
+    completion("suffix and echo", "echo", suffix="x", echo=True),
+    completion("best_of below n", "best_of", n=3, best_of=2),
+    completion("best_of and stream", "best_of", best_of=3, stream=True),
     # Prompts
     completion("prompt is a number", "prompt", prompt=5),
     completion("prompt is null", "prompt", prompt=None),
