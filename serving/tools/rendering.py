@@ -1,0 +1,95 @@
+"""A conversation with calls as a chat template takes it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine import ParameterError
+from serving.tools.definitions import Message, ToolDefinition
+from serving.tools.syntax import HERMES, CallSyntax
+
+_INSTRUCTIONS = """\
+You can call these functions; each line describes one as JSON:
+<tools>
+{tools}
+</tools>
+To call a function, write its name and its arguments as one JSON object between tags:
+<tool_call>
+{{"name": "<the function's name>", "arguments": {{<its arguments>}}}}
+</tool_call>
+Its result then comes between <tool_response> and </tool_response>."""
+
+
+def with_template(messages: Sequence[Message], syntax: CallSyntax) -> list[dict[str, Any]]:
+    """For a template that knows tools: Hugging Face's convention, where arguments are objects.
+
+    Raises ParameterError naming the message whose arguments are no JSON object.
+    """
+    names = {call.id: call.name for m in messages for call in m.tool_calls}
+    shown = []
+    for number, message in enumerate(messages):
+        item: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            item["tool_calls"] = [
+                {
+                    "id": _template_id(call.id, syntax),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _arguments(call.arguments, number, i)},
+                }
+                for i, call in enumerate(message.tool_calls)
+            ]
+        if message.tool_call_id is not None:
+            item["tool_call_id"] = _template_id(message.tool_call_id, syntax)
+            item["name"] = names.get(message.tool_call_id, "")
+        shown.append(item)
+    return shown
+
+
+def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition]) -> list[dict[str, Any]]:
+    """For a template that knows no tools: system text, calls and results in Hermes' tags.
+
+    Results stand in the user's turn, several of one turn in one.
+    """
+    shown: list[dict[str, Any]] = []
+    is_result = False
+    for number, message in enumerate(messages):
+        content = message.content
+        if message.role == "tool":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            if is_result:
+                shown[-1]["content"] += f"\n{content}"
+                continue
+        parts = [content] if content else []
+        for i, call in enumerate(message.tool_calls):
+            body = {"name": call.name, "arguments": _arguments(call.arguments, number, i)}
+            parts.append(f"{HERMES.begin}\n{json.dumps(body, ensure_ascii=False)}\n{HERMES.end}")
+        is_result = message.role == "tool"
+        shown.append({"role": "user" if is_result else message.role, "content": "\n".join(parts)})
+    if tools:
+        lines = "\n".join(json.dumps(t.as_template_input(), ensure_ascii=False) for t in tools)
+        instructions = _INSTRUCTIONS.format(tools=lines)
+        if shown and shown[0]["role"] == "system":
+            shown[0]["content"] = f"{shown[0]['content']}\n\n{instructions}"
+        else:
+            shown.insert(0, {"role": "system", "content": instructions})
+    return shown
+
+
+def _arguments(text: str, message: int, call: int) -> Mapping[str, Any]:
+    """Clients send an empty text for a call without arguments."""
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        field = f"messages[{message}].tool_calls[{call}].function.arguments"
+        raise ParameterError(field, "must be a JSON object, as text")
+    return arguments
+
+
+def _template_id(call_id: str, syntax: CallSyntax) -> str:
+    """The id, or one of the form that the template asks for, the same for the call and its result."""
+    if syntax.id_pattern is None or syntax.id_pattern.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
