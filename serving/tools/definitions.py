@@ -46,7 +46,7 @@ class ToolChoice:
 
     Args:
         mode: never, as it likes, or at least once.
-        names: of the tools that it may call; None for all. With mode "required" one name forces one call of it.
+        names: of the tools that it may call; None for all. With mode "required", one name is one call of it.
         is_parallel: several calls in one answer are allowed.
     """
 
