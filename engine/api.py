@@ -18,11 +18,20 @@ class InferenceEngine(Protocol):
         """Token ids of `text`, computed off the event loop."""
         ...
 
+    def chat_template(self, *, has_tools: bool) -> str | None:
+        """The source of the model's template for conversations with or without tools; None without one."""
+        ...
+
     async def tokenize_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template.
 
+        tools: as Hugging Face's templates take them; a template that does not know tools ignores them.
         add_generation_prompt: ready for the assistant's turn.
 
         Raises ParameterError("messages", ...) when the model has no chat template or the template

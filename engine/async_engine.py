@@ -84,13 +84,23 @@ class AsyncEngine:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
+    def chat_template(self, *, has_tools: bool) -> str | None:
+        return self.tokenizer.chat_template(has_tools=has_tools)
+
     async def tokenize_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         apply = partial(
-            self.tokenizer.apply_chat_template, messages, add_generation_prompt=add_generation_prompt
+            self.tokenizer.apply_chat_template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
         )
-        if sum(len(str(m.get("content") or "")) for m in messages) <= _INLINE_TOKENIZE_CHARS:
+        if tools is None and sum(len(str(m.get("content"))) for m in messages) <= _INLINE_TOKENIZE_CHARS:
             return apply()
         return await asyncio.to_thread(apply)
 

@@ -96,7 +96,10 @@ class OutputProcessor:
             arrival_time=arrival_time,
             urgency=urgency,
             times=TokenTimes(urgency.tier),
-            detokenizer=IncrementalDetokenizer(self._tokenizer),
+            detokenizer=IncrementalDetokenizer(
+                self._tokenizer,
+                [i for t in params.visible_tokens if (i := self._tokenizer.token_id(t)) is not None],
+            ),
             matcher=StopStringMatcher(params.stop),
             deliver=deliver,
         )

@@ -35,6 +35,8 @@ class SamplingParams:
             sampled token alone, None nothing.
         prompt_logprobs: the same for the prompt's tokens (turns prefix hits off for this request).
         logit_bias: token id -> value in [-100, 100] added to its logit before sampling.
+        visible_tokens: special tokens that stay in the text, as the vocabulary spells them; those that the
+            vocabulary does not have are ignored.
         constraint: the language that the output belongs to; tokens that leave it are never sampled.
 
     Raises:
@@ -57,6 +59,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    visible_tokens: tuple[str, ...] = ()
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +92,10 @@ class SamplingParams:
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
             raise ParameterError(
                 "constraint", f"must be a Constraint or None, got {type(self.constraint).__name__}"
+            )
+        if self.constraint is not None and self.ignore_eos:
+            raise ParameterError(
+                "ignore_eos", f"must be false with {self.constraint.name}, which ends the output"
             )
 
     @property

@@ -1,6 +1,6 @@
 """The model's tokenizer: encoding, chat template, incremental detokenization."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,10 +39,24 @@ class Tokenizer:
         """The token as the vocabulary spells it; empty for an id that has none."""
         return self.backend.id_to_token(token_id) or ""
 
+    def chat_template(self, *, has_tools: bool) -> str | None:
+        """The template's source; some checkpoints have another one for conversations with tools."""
+        template: str | Mapping[str, str] | None = self._hf.chat_template
+        if isinstance(template, Mapping):
+            return (template.get("tool_use") if has_tools else None) or template.get("default")
+        return template
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of the conversation and, where asked for, the opening of the assistant's turn.
+
+        tools: what the model may call, as Hugging Face's templates take it: {"type": "function", "function":
+            {"name", "description", "parameters"}}. None, not empty, where there are none.
 
         Raises ParameterError("messages", ...) when there is no template or it refuses.
         """
@@ -51,6 +65,7 @@ class Tokenizer:
         try:
             text: str = self._hf.apply_chat_template(
                 [dict(m) for m in messages],
+                tools=None if tools is None else [dict(t) for t in tools],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -87,16 +102,26 @@ class IncrementalDetokenizer:
     """Turns tokens into text as they come, never giving out a part of a character.
 
     What has been given out, after `flush`, equals `Tokenizer.decode` of all tokens.
+
+    visible_ids: of special tokens that stay in the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, visible_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._visible_ids = visible_ids
+        self._begin()
+
+    def _begin(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._num_chars = 0
 
     def step(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is unfinished."""
+        if token_id in self._visible_ids:
+            text = self.flush() + self._tokenizer.token(token_id)
+            self._begin()
+            return text
         self._token_ids.append(token_id)
         text = self._stream.step(self._tokenizer.backend, token_id) or ""
         self._num_chars += len(text)

@@ -81,8 +81,15 @@ class TimedEngine:
             self._is_hung = True
         return [ord(c) % 256 for c in text[::BYTES_PER_TOKEN]] or [0]
 
+    def chat_template(self, *, has_tools: bool) -> str | None:
+        return None
+
     async def tokenize_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         return await self.tokenize("\n".join(str(m.get("content") or "") for m in messages))
 

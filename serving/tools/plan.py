@@ -46,7 +46,7 @@ def plan_chat(
     With mode "none" the model does not see the tools. A call that has to come is held to its schema by the
     decoder. With mode "auto" and an answer held to a schema, the output is a call or such an answer.
 
-    chat_template: the checkpoint's, `InferenceEngine.chat_template`.
+    chat_template: the checkpoint's, for conversations with tools.
 
     Raises:
         ParameterError: a choice without a tool to choose (`tool_choice`), arguments in the conversation that
@@ -61,7 +61,11 @@ def plan_chat(
     return ChatPlan(
         messages=with_template(messages, syntax) if has_template else without_template(messages, shown),
         template_tools=[t.as_template_input() for t in shown] if has_template and shown else None,
-        params=dataclasses.replace(params, constraint=_constraint(usable, choice, params, syntax)),
+        params=dataclasses.replace(
+            params,
+            constraint=_constraint(usable, choice, params, syntax),
+            visible_tokens=tuple(mark for mark in (syntax.begin, syntax.end) if mark) if usable else (),
+        ),
         syntax=syntax,
         callable_names=frozenset(t.name for t in usable),
         max_calls=None if choice.is_parallel else 1,
