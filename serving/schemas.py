@@ -1,4 +1,4 @@
-"""The OpenAI API's requests and responses. A field that is not served yet is refused, never ignored."""
+"""The OpenAI API's requests and responses, but for chat's. A field that is not served yet is refused, never ignored."""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -73,33 +73,11 @@ class StreamOptions(Strict):
     include_obfuscation: StrictBool = False
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[str | list[TextPart], one_of("a string", "an array of content parts")]
-
-
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content
-    name: str | None = None
-    refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_call_id: str | None = None
-
-    def as_template_input(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        # Templates know "system"; "developer" is OpenAI's newer name for it.
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
 class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class _SamplingFields(Strict):
+class SamplingFields(Strict):
     """Parameters of both endpoints. The last block is an extension, named as other servers name it."""
 
     model: Annotated[str, StringConstraints(min_length=1)]
@@ -123,7 +101,7 @@ class _SamplingFields(Strict):
     ignore_eos: StrictBool | None = None
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "_SamplingFields":
+    def _stream_options_need_stream(self) -> "SamplingFields":
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "is only allowed when stream is true")
         return self
@@ -158,37 +136,7 @@ def _token_bias(raw: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in raw.items()}
 
 
-class ChatCompletionRequest(_SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    modalities: list[Literal["text"]] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: StrictBool | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
-
-    @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ParameterError("top_logprobs", "is only allowed when logprobs is true")
-        return self
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    def sampling_params(self) -> SamplingParams:
-        return self._sampling(self.max_new_tokens, (self.top_logprobs or 0) if self.logprobs else None, None)
-
-
-class CompletionRequest(_SamplingFields):
+class CompletionRequest(SamplingFields):
     prompt: Prompt
     max_tokens: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -238,45 +186,6 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatLogprob]
-    refusal: None = None
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
-    stop_reason: str | int | None = None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
 
 
 class CompletionLogprobs(BaseModel):

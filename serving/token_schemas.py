@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from engine import ParameterError
-from serving.schemas import ChatMessage, Strict, StrictBool, TokenId
+from serving.chat_schemas import ChatMessage
+from serving.schemas import Strict, StrictBool, TokenId
 
 Model = Annotated[str, StringConstraints(min_length=1)]
 

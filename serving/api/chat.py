@@ -9,8 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine import InferenceEngine, PositionLogprobs, RequestOutput, TokenLogprob
 from serving.api.generation import CollectedChoice, Job, Presenter, check_context, common_fields, respond
-from serving.errors import ApiError
-from serving.schemas import (
+from serving.chat_schemas import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
@@ -18,8 +17,9 @@ from serving.schemas import (
     ChatLogprob,
     ChatLogprobs,
     TopLogprob,
-    Usage,
 )
+from serving.errors import ApiError
+from serving.schemas import Usage
 from serving.state import ReplicaState, package_version
 from serving.streaming import DONE, error_event, event
 from serving.strict_json import StrictJsonRoute
