@@ -211,3 +211,7 @@ __device__ __forceinline__ float lanes_max(float v) {
   for (int i = kFrom; i >= kTo; i >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
   return v;
 }
+
+// What the kernels before in the stream wrote is there; the next kernel may start up to its own wait.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -54,10 +54,6 @@ __device__ __forceinline__ void consumers_wait(int tiles) {
   asm volatile("bar.sync 1, %0;" ::"r"(32 * tiles) : "memory");
 }
 
-// What the kernels before in the stream wrote is there; the next kernel may start up to its own wait.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 struct Place {
   const Segment* matrix;  // null: there is no such tile
   int tile;

@@ -50,6 +50,7 @@ struct Control {
   uint32_t stage_taken[kMaxStages];  // bytes of the ring with what was left unused before them
   uint32_t stage_bytes[kMaxStages];
   uint64_t x_full;
+  uint64_t rows_known;  // what the kernel before wrote is there, rows and odd_launches among it
   uint32_t odd_launches;  // see mark_of
   float squares[kMaxDirectUnits * kDirectTokens];
   float delta_scale[kMaxTokens], norm_scale[kMaxTokens];
@@ -299,8 +300,13 @@ __device__ void produce(const Step& step, Control& control, int lane) {
     reader.wait();
     reader.fetch(index + 1);
     const Phase& phase = reader.copies[index & 1];
-    if (phase.matmul.kind == kAttention) stream_cache(phase.attention, step, control.rows, writer, lane);
-    else if (is_matmul(phase.matmul) && lane == 0) stream_weights(phase.matmul, step, writer);
+    if (phase.matmul.kind == kAttention) {
+      wait_for_kernel_before();
+      mbarrier_wait(&control.rows_known, 0);
+      stream_cache(phase.attention, step, control.rows, writer, lane);
+    } else if (is_matmul(phase.matmul) && lane == 0) {
+      stream_weights(phase.matmul, step, writer);
+    }
     __syncwarp();
   }
 }
@@ -651,22 +657,29 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
     mbarrier_init(&control.phase_done, kWarps);
     mbarrier_init(&control.phase_written, 1);
     mbarrier_init(&control.x_full, 1);
-    control.odd_launches = step.arrivals[2];
+    mbarrier_init(&control.rows_known, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (threadIdx.x < sizeof(control.zeros) / 16) reinterpret_cast<uint4*>(control.zeros)[threadIdx.x] = uint4{};
-  if (threadIdx.x < step.num_tokens) {
-    control.rows.positions[threadIdx.x] = step.positions[threadIdx.x];
-    control.rows.sequences[threadIdx.x] = step.sequences[threadIdx.x];
-    control.rows.first_rows[threadIdx.x] = step.first_rows[threadIdx.x];
-  }
   __syncthreads();
-  if (warp < kWarps) {
-    consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
-  } else if (warp == kWarps) {
+  let_next_kernel_start();
+  if (warp == kWarps) {  // weights stream in while the kernel before ends; all else may be what it writes
     produce(step, control, lane);
   } else {
-    finish<kMma>(step, sums, factors, control, lane);
+    wait_for_kernel_before();
+    if (warp == 0) {
+      if (lane == 0) control.odd_launches = step.arrivals[2];
+      if (lane < step.num_tokens) {
+        control.rows.positions[lane] = step.positions[lane];
+        control.rows.sequences[lane] = step.sequences[lane];
+        control.rows.first_rows[lane] = step.first_rows[lane];
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&control.rows_known);
+    }
+    mbarrier_wait(&control.rows_known, 0);
+    if (warp < kWarps) consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
+    else finish<kMma>(step, sums, factors, control, lane);
   }
   __syncthreads();
   if (threadIdx.x == 0 && atomicAdd(step.arrivals + 1, 1u) == gridDim.x - 1) {
@@ -675,20 +688,28 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   }
 }
 
+// Blocks wait for each other, so all of them must be resident at once. A cooperative launch would see to it as well, but
+// starts later, and never while the kernel before ends.
 template <int kMma, bool kOne>
 cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
   const int bytes = step.ring_bytes + step.x_bytes + kSumsBytes<kMma> + step.factor_bytes;
   if (const auto error = cudaFuncSetAttribute(run_step<kMma, kOne>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
+  int device, processors, resident;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (const auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, run_step<kMma, kOne>, kThreads, bytes))
+    return error;
+  if (blocks > processors * resident) return cudaErrorCooperativeLaunchTooLarge;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;  // refuses a grid that does not fit at once
-  cooperative.val.cooperative = 1;
-  config.attrs = &cooperative;
+  cudaLaunchAttribute overlapping{};
+  overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlapping.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlapping;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, run_step<kMma, kOne>, step);
 }
