@@ -4,6 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from serving.api.anthropic.messages import messages_router
+from serving.api.anthropic.models import anthropic_models_router
 from serving.api.chat import chat_router
 from serving.api.completions import completions_router
 from serving.api.operations import operations_router
@@ -35,6 +37,8 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peer
         redoc_url=None,
     )
     install_error_handlers(app)
+    for anthropic_router in (messages_router, anthropic_models_router):
+        app.include_router(anthropic_router(state))
     for router in (chat_router, completions_router, tokens_router, operations_router):
         app.include_router(router(state, _RESPONSES))
     if state.settings.status_page:

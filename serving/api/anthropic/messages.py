@@ -1,0 +1,110 @@
+"""POST /v1/messages and /v1/messages/count_tokens."""
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from engine import InferenceEngine, ParameterError, SamplingParams
+from serving.api.anthropic.conversation import Conversation, conversation_of
+from serving.api.anthropic.errors import AnthropicErrorResponse
+from serving.api.anthropic.presenter import MessagePresenter
+from serving.api.anthropic.requests import CountTokensRequest, MessagesRequest
+from serving.api.anthropic.responses import MessageResponse, ServiceTier, TokenCount
+from serving.api.anthropic.version import check_version
+from serving.api.generation import Job, Presenter, respond
+from serving.state import ReplicaState, package_version
+from serving.strict_json import StrictJsonRoute
+from serving.telemetry.exchange import Exchange
+from serving.tools import ChatPlan, plan_chat
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": AnthropicErrorResponse, "description": "The request cannot be served as it is."},
+    "5XX": {"model": AnthropicErrorResponse, "description": "The server cannot serve it now."},
+    # FastAPI would document its own validation error here; ours are 400s in Anthropic's form.
+    422: {"model": AnthropicErrorResponse, "description": "Not used."},
+}
+
+
+def messages_router(state: ReplicaState) -> APIRouter:
+    router = APIRouter(
+        tags=["messages"],
+        route_class=StrictJsonRoute,
+        dependencies=[Depends(check_version)],
+        responses=_RESPONSES,
+    )
+
+    @router.post("/v1/messages", response_model=MessageResponse)
+    async def create_message(request: Request, body: MessagesRequest) -> Response:
+        """Anthropic's form of a conversation's answer, whole or as a stream of named events (`stream`)."""
+        state.check_model(body.model)
+        conversation = conversation_of(body)
+        params = body.sampling_params()
+        exchange: Exchange = request.state.exchange
+
+        async def prepare(engine: InferenceEngine) -> tuple[Job, Presenter]:
+            plan = _plan(engine, body, conversation, params)
+            job = Job(
+                request_id=f"msg_{uuid.uuid4().hex}",
+                prompts=[await _tokenize(engine, plan, conversation.prefill)],
+                params=plan.params,
+                model=engine.model.name,
+                created=int(time.time()),
+                fingerprint=f"peregrine-{package_version()}-{engine.model.weight_format}",
+                include_usage=True,
+            )
+            tier = _tier_shown(body.service_tier)
+            return job, MessagePresenter(job, plan.parser(_new_call_id), tier, exchange.request_id)
+
+        return await respond(
+            request,
+            state,
+            is_stream=bool(body.stream),
+            operation="chat",
+            model=body.model,
+            prompt=[m.content for m in conversation.messages] if state.keeps_prompts else None,
+            service_tier=body.service_tier,
+            prepare=prepare,
+        )
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountTokensRequest) -> TokenCount:
+        """The tokens that a request with this conversation has to read."""
+        state.check_model(body.model)
+        engine, conversation = state.engine, conversation_of(body)
+        plan = _plan(engine, body, conversation, SamplingParams())
+        tokens = await _tokenize(engine, plan, conversation.prefill)
+        return TokenCount(input_tokens=len(tokens))
+
+    return router
+
+
+def _plan(
+    engine: InferenceEngine, body: CountTokensRequest, conversation: Conversation, params: SamplingParams
+) -> ChatPlan:
+    choice = body.choice()
+    if conversation.prefill and choice.mode == "required":
+        # A call has to come as a whole for its schema to hold.
+        raise ParameterError("tool_choice.type", "must be auto or none where the answer's beginning is given")
+    template = engine.chat_template(has_tools=True)
+    return plan_chat(conversation.messages, body.definitions(), choice, params, template)
+
+
+async def _tokenize(engine: InferenceEngine, plan: ChatPlan, prefill: str) -> list[int]:
+    """The conversation under the chat template, the answer's beginning behind it."""
+    tokens = await engine.tokenize_chat(plan.messages, tools=plan.template_tools)
+    if prefill:
+        tokens = [*tokens, *await engine.tokenize(prefill, add_special_tokens=False)]
+    return tokens
+
+
+def _new_call_id() -> str:
+    return f"toolu_{uuid.uuid4().hex[:24]}"
+
+
+def _tier_shown(service_tier: str | None) -> ServiceTier:
+    """By Anthropic's names; the tiers that are more urgent than the default are its priority."""
+    if service_tier in (None, "auto", "standard_only", "default"):
+        return "standard"
+    return "batch" if service_tier in ("batch", "flex") else "priority"

@@ -1,0 +1,22 @@
+"""The `anthropic-version` header, which Anthropic's API asks for."""
+
+from typing import Annotated
+
+from fastapi import Header
+
+from serving.api.anthropic.errors import VERSION_HEADER
+from serving.errors import ApiError
+
+_NAME = VERSION_HEADER.decode()
+_VERSIONS = ("2023-06-01",)
+
+
+async def check_version(version: Annotated[str | None, Header(alias=_NAME)] = None) -> None:
+    """Raises ApiError 400 for a version that is not served, and for none."""
+    if version in _VERSIONS:
+        return
+    allowed = " or ".join(_VERSIONS)
+    problem = "is required" if version is None else f"{version!r} is not a version of this API"
+    raise ApiError(
+        400, f"Header '{_NAME}': {problem}; send {allowed}.", param=_NAME, code="invalid_api_version"
+    )
