@@ -185,6 +185,44 @@ _TOKENS = (
     ),
 )
 
+_TENANT = ("tenant",)
+
+_TENANTS = (
+    Metric(
+        "peregrine_tenant_requests_total", "counter", "requests", "Requests admitted, by tenant.", _TENANT
+    ),
+    Metric(
+        "peregrine_tenant_prompt_tokens_total",
+        "counter",
+        "tokens",
+        "Prompt tokens of admitted requests, those found in the prefix cache included.",
+        _TENANT,
+    ),
+    Metric(
+        "peregrine_tenant_output_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens generated, over all choices.",
+        _TENANT,
+    ),
+    Metric(
+        "peregrine_tenant_refusals_total",
+        "counter",
+        "requests",
+        "Requests refused to a tenant: a limit was reached (requests, tokens, concurrency), the model or tier is "
+        "not for it, or the limits could not be checked (ledger).",
+        ("tenant", "reason"),
+        known={"reason": ("requests", "tokens", "concurrency", "model", "tier", "ledger")},
+    ),
+    Metric(
+        "peregrine_tenant_ledger_connected",
+        "gauge",
+        "",
+        "1 while the replica is connected to the ledger of the tenants' limits; at 0 it decides by its share of "
+        "them. Always 0 without tenants.",
+    ),
+)
+
 _ENGINE = (
     Metric("peregrine_engine_steps_total", "counter", "", "Steps of the engine."),
     Metric(
@@ -394,6 +432,7 @@ GROUPS: Mapping[str, tuple[Metric, ...]] = {
     "Requests": _REQUESTS,
     "Latency": _LATENCY,
     "Tokens": _TOKENS,
+    "Tenants": _TENANTS,
     "Engine": _ENGINE,
     "Predictions, seen from the replica": _ROUTED,
     "Router": _ROUTER,

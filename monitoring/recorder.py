@@ -17,9 +17,10 @@ class Recorder:
     second. All methods but `exposition` belong to one thread.
     """
 
-    def __init__(self, tiers: Iterable[str] = ()) -> None:
-        """tiers: whose series are there from the start."""
-        self._metrics = Instruments("replica", {"tier": tuple(tiers)} if tiers else None)
+    def __init__(self, tiers: Iterable[str] = (), tenants: Iterable[str] = ()) -> None:
+        """tiers, tenants: whose series are there from the start."""
+        labels = {"tier": tuple(tiers), "tenant": tuple(tenants)}
+        self._metrics = Instruments("replica", {label: values for label, values in labels.items() if values})
         self._metrics.set("peregrine_replica_start_time_seconds", time.time())
         self._floor_s = math.nan
 
@@ -128,6 +129,21 @@ class Recorder:
         self._metrics.observe("peregrine_route_predicted_ttft_seconds", predicted_s)
         self._metrics.observe("peregrine_route_actual_ttft_seconds", actual_s)
         self._metrics.observe("peregrine_route_ttft_ratio", actual_s / predicted_s)
+
+    def record_tenant_request(self, tenant: str, prompt_tokens: int) -> None:
+        """Take in an admitted request."""
+        self._metrics.inc("peregrine_tenant_requests_total", tenant)
+        self._metrics.inc("peregrine_tenant_prompt_tokens_total", tenant, by=prompt_tokens)
+
+    def record_tenant_output(self, tenant: str, num_tokens: int) -> None:
+        self._metrics.inc("peregrine_tenant_output_tokens_total", tenant, by=num_tokens)
+
+    def record_tenant_refusal(self, tenant: str, reason: str) -> None:
+        self._metrics.inc("peregrine_tenant_refusals_total", tenant, reason)
+
+    def record_ledger(self, is_connected: bool) -> None:
+        """Whether the ledger of the tenants' limits can be asked."""
+        self._metrics.set("peregrine_tenant_ledger_connected", is_connected)
 
     def exposition(self) -> bytes:
         """The registry in Prometheus' text format."""

@@ -203,5 +203,52 @@ OVERVIEW = Dashboard(
                 ),
             ),
         ),
+        Row(
+            "Tenants",
+            (
+                Panel(
+                    "Requests by tenant",
+                    "Admitted requests a second.",
+                    "reqps",
+                    (Target(q.sum_rate("peregrine_tenant_requests_total", by=("tenant",)), "{{tenant}}"),),
+                    width=6,
+                ),
+                Panel(
+                    "Tokens by tenant",
+                    "A second: prompts' and generated ones.",
+                    "short",
+                    (
+                        Target(
+                            q.sum_rate("peregrine_tenant_prompt_tokens_total", by=("tenant",)),
+                            "{{tenant}} prompt",
+                        ),
+                        Target(
+                            q.sum_rate("peregrine_tenant_output_tokens_total", by=("tenant",)),
+                            "{{tenant}} output",
+                        ),
+                    ),
+                    width=6,
+                ),
+                Panel(
+                    "Refused by tenant",
+                    "Requests a second over a limit, or for a model or tier that is not the tenant's.",
+                    "reqps",
+                    (
+                        Target(
+                            q.sum_rate("peregrine_tenant_refusals_total", by=("tenant", "reason")),
+                            "{{tenant}} {{reason}}",
+                        ),
+                    ),
+                    width=6,
+                ),
+                Panel(
+                    "Ledger",
+                    "Replicas connected to the ledger of the limits; without tenants there is none.",
+                    "short",
+                    (Target(q.total("peregrine_tenant_ledger_connected"), "connected"),),
+                    width=6,
+                ),
+            ),
+        ),
     ),
 )
