@@ -11,8 +11,8 @@ from serving.errors import ApiError
 
 SLO_HEADER = "x-slo-ttft-ms"
 _MAX_SLO_MS = 600_000.0
-# OpenAI's names for what it offers.
-_ALIASES = {"auto": "default", "flex": "batch", "priority": "voice"}
+# OpenAI's names for what it offers, and Anthropic's.
+_ALIASES = {"auto": "default", "flex": "batch", "priority": "voice", "standard_only": "default"}
 
 
 class Tier(BaseModel):

@@ -49,7 +49,10 @@ def routed_request(flight_id: str, body: bytes, num_bytes: int, tiers: Mapping[s
 def _prompt_of(fields: dict[str, Any]) -> _Prompt:
     messages, prompt = fields.get("messages"), fields.get("prompt")
     if isinstance(messages, list):
-        return _of_text("".join(_text_of(m) for m in messages))
+        turns = messages
+        if (system := fields.get("system")) is not None:  # Anthropic's form
+            turns = [{"role": "system", "content": system}, *messages]
+        return _of_text("".join(_text_of(m) for m in turns))
     if isinstance(prompt, list) and prompt and all(isinstance(p, int) for p in prompt):
         return _Prompt(len(prompt), chain_hashes(prompt))
     if isinstance(prompt, list):

@@ -24,6 +24,14 @@ def test_a_conversation_that_goes_on_begins_with_the_same_blocks():
     assert first.prompt_tokens == pytest.approx(127, abs=5)
 
 
+def test_a_system_prompt_beside_the_turns_comes_first():
+    turns = [{"role": "user", "content": "Hello"}]
+    system = "rule " * 100
+    beside = read(messages=turns, system=system)
+    assert beside.block_hashes == read(messages=[{"role": "system", "content": system}, *turns]).block_hashes
+    assert beside == read(messages=turns, system=[{"type": "text", "text": system}])
+
+
 def test_token_ids_are_counted_and_hashed_as_they_are():
     ids = list(range(40))
     assert read(prompt=ids).prompt_tokens == 40
@@ -46,6 +54,7 @@ def test_the_beginning_of_a_long_body_is_enough():
 def test_tier_and_limit():
     assert read(prompt="a", service_tier="voice").ttft_budget_s == TIERS["voice"].ttft_s
     assert read(prompt="a", service_tier="flex").kind is RequestKind.BATCH
+    assert read(prompt="a", service_tier="standard_only").ttft_budget_s == TIERS["default"].ttft_s
     assert read(prompt="a").kind is RequestKind.INTERACTIVE
     assert read(prompt="a", service_tier="gold").ttft_budget_s is None  # the replica refuses it
     assert read(prompt="a", max_tokens=7).max_output_tokens == 7
