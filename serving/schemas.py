@@ -1,4 +1,4 @@
-"""The OpenAI API's requests and responses, but for chat's. A field that is not served yet is refused, never ignored."""
+"""OpenAI's requests and responses, but for chat's. What is not served yet is refused, never ignored."""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from engine import ParameterError
 from serving.chat_schemas import ChatMessage
 from serving.schemas import Strict, StrictBool, TokenId
+from serving.tools.schemas import MAX_TOOLS, ChatTool
 
 Model = Annotated[str, StringConstraints(min_length=1)]
 
@@ -17,6 +18,8 @@ class TokenizeRequest(Strict):
     model: Model | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS)] | None = None
+    """What a conversation's model may call."""
     add_special_tokens: StrictBool | None = None
     """Of a text, default true. A chat template brings its own."""
     add_generation_prompt: StrictBool | None = None
@@ -32,6 +35,8 @@ class TokenizeRequest(Strict):
                 "add_special_tokens",
                 "must be false with messages: the chat template brings its own",
             )
+        if self.prompt is not None and self.tools is not None:
+            raise ParameterError("tools", "is only allowed with messages")
         if self.prompt is not None and self.add_generation_prompt is not None:
             raise ParameterError("add_generation_prompt", "is only allowed with messages")
         return self

@@ -4,7 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from engine import ParameterError
+from engine import ParameterError, SamplingParams
+from serving.chat_schemas import checked_conversation
 from serving.state import ReplicaState
 from serving.strict_json import StrictJsonRoute
 from serving.token_schemas import (
@@ -13,6 +14,8 @@ from serving.token_schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from serving.tools import ToolChoice, plan_chat
+from serving.tools.schemas import tool_definitions
 
 
 def tokens_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
@@ -25,8 +28,12 @@ def tokens_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]
         if body.model is not None:
             state.check_model(body.model)
         if body.messages is not None:
+            messages, tools = checked_conversation(body.messages), tool_definitions(body.tools or ())
+            template = engine.chat_template(has_tools=bool(tools))
+            plan = plan_chat(messages, tools, ToolChoice(), SamplingParams(), template)
             tokens = await engine.tokenize_chat(
-                [m.as_template_input() for m in body.messages],
+                plan.messages,
+                tools=plan.template_tools,
                 add_generation_prompt=body.add_generation_prompt is not False,
             )
         else:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 ChoiceMode = Literal["none", "auto", "required"]
 
-_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ToolDefinition:
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_PARAMETERS)
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NO_PARAMETERS)
     is_strict: bool = False
     field: str = "tools"
 

@@ -38,6 +38,21 @@ def raw(name: str, content: bytes, status: int = 400, words: str = "", **kw: Any
     return Case(name, kw.pop("path", CHAT), content, status, words=words, **kw)
 
 
+def tool(name: str, **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def calling(*ids: str, arguments: Any = "{}") -> dict[str, Any]:
+    """An assistant's message with a call of f for each id."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": i, "type": "function", "function": function} for i in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "x"}
+
+
 def _without(*fields: str) -> bytes:
     body = {"model": MODEL, "messages": HELLO}
     return json.dumps({k: v for k, v in body.items() if k not in fields}).encode()
@@ -141,8 +156,63 @@ CASES: list[Case] = [
     chat("stream is a string", "stream", stream="yes"),
     chat("stream_options without stream", "stream_options", stream_options={"include_usage": True}),
     chat("unknown stream option", "stream_options.foo", stream=True, stream_options={"foo": 1}),
+    # Tools
+    chat("tools is an object", "tools", tools={}),
+    chat("too many tools", "tools", tools=[tool(f"f{i}") for i in range(129)]),
+    chat("a tool of another type", "tools[0].type", tools=[{"type": "custom", "custom": {"name": "f"}}]),
+    chat("a tool without a function", "tools[0].function", tools=[{"type": "function"}]),
+    chat("a tool without a name", "tools[0].function.name", tools=[{"type": "function", "function": {}}]),
+    chat("a space in a tool's name", "tools[1].function.name", tools=[tool("f"), tool("a b")]),
+    chat("a tool's name is too long", "tools[0].function.name", tools=[tool("f" * 65)]),
+    chat("two tools of one name", "tools[1].function.name", 400, "'f'", tools=[tool("f"), tool("f")]),
+    chat("strict is a string", "tools[0].function.strict", tools=[tool("f", strict="yes")]),
+    chat("parameters is a list", "tools[0].function.parameters", tools=[tool("f", parameters=[])]),
+    chat(
+        "parameters of no object", "tools[0].function.parameters", 400, "of type 'object'",
+        tools=[tool("f", parameters={"type": "array"})],
+    ),
+    chat(
+        "parameters that are no schema", "tools[0].function.parameters", 400, "$.properties.x.type",
+        tools=[tool("f", parameters={"type": "object", "properties": {"x": {"type": "strin"}}})],
+    ),
+    chat("unknown tool_choice", "tool_choice", tools=[tool("f")], tool_choice="any"),
+    chat("tool_choice is a number", "tool_choice", tools=[tool("f")], tool_choice=1),
+    chat("tool_choice of another type", "tool_choice", tools=[tool("f")], tool_choice={"type": "x"}),
+    chat("required without tools", "tool_choice", tool_choice="required"),
+    chat("a choice without a name", "tool_choice.function.name", tools=[tool("f")],
+         tool_choice={"type": "function", "function": {}}),
+    chat("a choice that is no tool", "tool_choice.function.name", 400, "'g'", tools=[tool("f")],
+         tool_choice={"type": "function", "function": {"name": "g"}}),
+    chat("an allowed tool that is none",
+         "tool_choice.allowed_tools.tools[0].function.name", tools=[tool("f")],
+         tool_choice={"type": "allowed_tools", "allowed_tools": {
+             "mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}}),
+    chat("no allowed tools", "tool_choice.allowed_tools.tools", tools=[tool("f")],
+         tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
+    chat("parallel_tool_calls is a number", "parallel_tool_calls", parallel_tool_calls=1),
+    chat("functions", "functions", 400, "use tools", functions=[{"name": "f"}]),
+    chat("function_call", "function_call", 400, "use tools", function_call="auto"),
+    chat("calls and no results", "messages", 400, "c1", messages=[*HELLO, calling("c1")]),
+    chat("calls without results", "messages[3]", 400, "c2",
+         messages=[*HELLO, calling("c1", "c2"), result("c1"), *HELLO]),
+    chat("no calls", "messages[1].tool_calls", messages=[*HELLO, calling()]),
+    chat("calls of one id", "messages[1].tool_calls", messages=[*HELLO, calling("c", "c")]),
+    chat("a user's calls", "messages[0].tool_calls", messages=[{**calling("c1"), "role": "user"}]),
+    chat("a result without an id", "messages[2].tool_call_id", messages=[
+        *HELLO, calling("c1"), {"role": "tool", "content": "x"}]),
+    chat("a result of no call", "messages[1].tool_call_id", 400, "'c1'", messages=[*HELLO, result("c1")]),
+    chat("a result of another call", "messages[2].tool_call_id", 400, "'c2'", messages=[
+        *HELLO, calling("c1"), result("c2")]),
+    chat("two results of a call", "messages[3].tool_call_id", messages=[
+        *HELLO, calling("c1"), result("c1"), result("c1")]),
+    chat("a user's tool_call_id", "messages[0].tool_call_id", messages=[{**HELLO[0], "tool_call_id": "c1"}]),
+    chat("arguments that are no JSON", "messages[1].tool_calls[0].function.arguments", 400, "JSON object",
+         messages=[*HELLO, calling("c1", arguments="{"), result("c1")]),
+    chat("arguments that are no object", "messages[1].tool_calls[0].function.arguments", 400, "JSON object",
+         messages=[*HELLO, calling("c1", arguments="[1]"), result("c1")]),
+    chat("arguments as an object", "messages[1].tool_calls[0].function.arguments",
+         messages=[*HELLO, calling("c1", arguments={}), result("c1")]),
     # What is not served
-    chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
     chat("response_format json", "response_format.type", response_format={"type": "json_object"}),
     chat("audio", "modalities[0]", modalities=["audio"]),
     chat("store", "store", store=True),
