@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import kernels
-from engine.checkpoint.packed_tensors import PackedTensors, packed_name
+from engine.checkpoint.quantized_tensors import quantized_tensors
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig, from_hf_config
 
@@ -25,15 +25,14 @@ class HfCheckpoint:
         self.directory = directory
         raw = read_json(directory / "config.json")
         self.config: ModelConfig = from_hf_config(raw)
-        self._packed = PackedTensors.from_config(raw)
         self._open: dict[str, Any] = {}
         self._file_of = self._locate_tensors()
+        self._quantized = quantized_tensors(raw, self.config, self._file_of.keys(), self._raw)
 
     @cached_property
     def weight_format(self) -> str:
-        if self._packed.formats:
-            bits = sorted({f"w{f.bits}" for f in self._packed.formats.values()})
-            return "+".join(bits)
+        if self._quantized is not None:
+            return self._quantized.weight_format
         dtype = self._slice("model.embed_tokens.weight").get_dtype()
         return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype)
 
@@ -47,22 +46,25 @@ class HfCheckpoint:
         return frozenset()
 
     def has(self, name: str) -> bool:
-        return name in self._file_of or (name in self._packed.formats and packed_name(name) in self._file_of)
+        return name in self._file_of or (self._quantized is not None and self._quantized.has(name))
 
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
-        if name in self._packed.formats:
+        if self._quantized is not None and self._quantized.has(name):
             try:
-                weight = self._packed.read(name, self._raw(packed_name(name)), self.config)
+                weight = self._quantized.read(name)
             except ValueError as error:
                 raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
-            return weight if keep_packed else kernels.dequantize(weight)
+            if isinstance(weight, Tensor) or keep_packed:
+                return weight
+            return kernels.dequantize(weight)
         data = self._raw(name)
         if not data.is_floating_point():
             raise ModelLoadError(f"{self.directory}: tensor {name} has dtype {data.dtype}, expected floats")
         data = data.to(torch.float32)
         if not torch.isfinite(data).all():
             raise ModelLoadError(f"{self.directory}: tensor {name} holds NaN or infinite values")
-        return data
+        order = None if self._quantized is None else self._quantized.row_order(name)
+        return data if order is None else data[order]
 
     def _raw(self, name: str) -> Tensor:
         try:

@@ -10,8 +10,8 @@ and the safetensors hold each such weight's bytes as `<weight name less .weight>
 [row blocks, block bytes], exactly as `kernels.formats` lays them out. Everything else is stored as floats.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,41 +36,51 @@ def quantization_config(formats: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class PackedTensors:
-    """Format by weight name; empty for a checkpoint of plain floats."""
+    """A `QuantizedTensors` of this project's own format.
 
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: by weight name. read_raw: reads a tensor of the files.
+    """
 
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> "PackedTensors":
-        """Raises ModelLoadError for other quantization methods and malformed entries."""
-        section = raw.get("quantization_config")
-        if section is None:
-            return cls()
-        if not isinstance(section, Mapping) or section.get("quant_method") != METHOD:
-            method = section.get("quant_method") if isinstance(section, Mapping) else section
-            raise ModelLoadError(f"config: quant_method {method!r} is not supported (supported: {METHOD})")
-        if section.get("version") != VERSION:
-            raise ModelLoadError(
-                f"config: quantization_config.version {section.get('version')!r} is not supported "
-                f"(supported: {VERSION})"
-            )
-        formats = section.get("formats")
-        if not isinstance(formats, Mapping) or not formats:
-            raise ModelLoadError("config: quantization_config.formats is missing")
-        parsed = {}
-        for name, value in formats.items():
-            try:
-                parsed[name] = Format.parse(str(value))
-            except ValueError as error:
-                raise ModelLoadError(f"config: quantization_config.formats[{name!r}]: {error}") from None
-        return cls(parsed)
+    formats: Mapping[str, Format]
+    config: ModelConfig
+    read_raw: Callable[[str], Tensor]
 
-    def read(self, name: str, data: Tensor, config: ModelConfig) -> kernels.PackedWeight:
+    @property
+    def weight_format(self) -> str:
+        return "+".join(sorted({f"w{f.bits}" for f in self.formats.values()}))
+
+    def has(self, name: str) -> bool:
+        return name in self.formats
+
+    def read(self, name: str) -> kernels.PackedWeight:
         """Check and wrap a weight's bytes. Raises ValueError when they cannot be this weight."""
-        n, k = _shape(name, config)
+        data = self.read_raw(packed_name(name))
+        n, k = _shape(name, self.config)
         weight = kernels.PackedWeight(self.formats[name], n, k, data)
         _check_parameters(weight)
         return weight
+
+    def row_order(self, name: str) -> None:
+        return None
+
+
+def parse_formats(section: Mapping[str, Any]) -> dict[str, Format]:
+    """Format by weight name from a quantization_config. Raises ModelLoadError."""
+    if section.get("version") != VERSION:
+        raise ModelLoadError(
+            f"config: quantization_config.version {section.get('version')!r} is not supported "
+            f"(supported: {VERSION})"
+        )
+    formats = section.get("formats")
+    if not isinstance(formats, Mapping) or not formats:
+        raise ModelLoadError("config: quantization_config.formats is missing")
+    parsed = {}
+    for name, value in formats.items():
+        try:
+            parsed[name] = Format.parse(str(value))
+        except ValueError as error:
+            raise ModelLoadError(f"config: quantization_config.formats[{name!r}]: {error}") from None
+    return parsed
 
 
 def _shape(name: str, config: ModelConfig) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def test_the_whole_one_loads(whole):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(quant_method="gptq"), "quant_method 'gptq' is not supported"),
+        (lambda q: q.update(quant_method="quip"), "quant_method 'quip' is not supported"),
         (lambda q: q.update(version=2), "version 2 is not supported"),
         (lambda q: q.pop("formats"), "formats is missing"),
         (lambda q: q.update(formats=[]), "formats is missing"),
