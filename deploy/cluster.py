@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+import httpx
 import psutil
 
 from deploy import ray_environment
@@ -19,6 +20,7 @@ from deploy.config import PeregrineConfig
 from deploy.log_relay import log_relay
 from deploy.models import resolve_model
 from engine import EngineConfig
+from serving.dispatch.headers import PEREGRINE_ROUTE
 
 if TYPE_CHECKING:  # imports ray, which reads its environment then
     from serving.replica import EngineFactory
@@ -29,6 +31,9 @@ _CLUSTER_OVERHEAD_BYTES = 1200 * 2**20  # two request routers among it
 _DEFAULT_KV_BYTES = 2**30
 _OBJECT_STORE_BYTES = 80 * 2**20  # requests travel over HTTP; Ray's store only carries deployment code
 _POLL_S = 0.2
+_PROBE_TIMEOUT_S = 10.0
+# Marks the probes as not to be traced (W3C Trace Context, sampled flag 0).
+_UNTRACED = {"traceparent": f"00-{'1' * 32}-{'1' * 16}-00"}
 
 
 class StartError(Exception):
@@ -145,7 +150,11 @@ def deploy(
     application = build(config, on_gpu=num_gpus > 0, has_router=has_router, factory=factory)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
     _run(application, name=APP_NAME, route_prefix="/", _blocking=False)
-    _wait_until_running(time.monotonic() + cluster.start_timeout_s)
+    deadline = time.monotonic() + cluster.start_timeout_s
+    _wait_until_running(deadline)
+    if has_router:
+        url = f"http://{cluster.host}:{cluster.port}/health"
+        _wait_until_routed(url, 2 * config.routing.routers_per_node, deadline)
 
 
 def _drain(deadline: float) -> None:
@@ -170,6 +179,29 @@ def _wait_until_running(deadline: float) -> None:
                 raise StartError(_reason(application))
         time.sleep(_POLL_S)
     raise StartError("the replicas were not ready within cluster.start_timeout_s")
+
+
+def _wait_until_routed(url: str, num_probes: int, deadline: float) -> None:
+    """HAProxy hears of the routers some seconds after Serve calls the application running; until then it
+    chooses by itself. It has so many probes in a row routed when it asks all of its routers, in turn.
+
+    A probe is a POST to a path that only knows GET: routed as every POST, refused by the replica at once.
+    """
+    num_routed, last = 0, "no answer"
+    with httpx.Client(timeout=_PROBE_TIMEOUT_S, headers=_UNTRACED, trust_env=False) as client:
+        while num_routed < num_probes:
+            if time.monotonic() > deadline:
+                raise StartError(f"the proxy asks no router within cluster.start_timeout_s ({last})")
+            try:
+                # On a connection of its own: one that is kept stays with a HAProxy that has been replaced.
+                answer = client.post(url, headers={"connection": "close"})
+                is_routed = PEREGRINE_ROUTE in answer.headers
+                last = f"a probe was answered with {answer.status_code}"
+            except httpx.HTTPError as error:
+                is_routed, last = False, f"a probe failed: {error!r}"
+            num_routed = num_routed + 1 if is_routed else 0
+            if not is_routed:
+                time.sleep(_POLL_S)
 
 
 def _reason(application: object) -> str:

@@ -23,6 +23,7 @@ from engine.outputs import (
     TokenLogprob,
 )
 from engine.sampling_params import SamplingParams
+from engine.step_cost import StepCost
 from engine.urgency import MAX_PRIORITY, Urgency
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "StepCost",
     "StepKind",
     "StepTimes",
     "TokenLogprob",

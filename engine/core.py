@@ -16,7 +16,10 @@ from engine.sampler import SampledToken
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
+from engine.step_cost import StepCostMeter
 
+_PROFILE_TOKENS = (16, 256)  # of prompts, where no other sizes matter
+_PROFILE_DECODES = 8
 _PROFILE_RUNS = 3  # of a chunk's size; the first one may load kernels
 _PROFILE_S = 0.05  # a longer one is not repeated: what disturbs it counts for little
 
@@ -44,6 +47,7 @@ class EngineCore:
             draft_policy=DraftPolicy.for_device(self.runner.device.type, config.speculative_tokens),
             pacer=StepPacer.for_device(self.runner.device.type, config.step_target_s, self.runner.is_joint),
         )
+        self._step_costs = StepCostMeter()
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
         self._total_steps = 0
@@ -62,10 +66,21 @@ class EngineCore:
         return self.scheduler.has_work or self._in_flight is not None
 
     def warm_up(self) -> None:
-        """Do all first-call work, and measure what prompt chunks take, where steps are to be sized by it."""
+        """Do all first-call work, and measure what steps take: routers predict by it from the first request
+        on, and prompt chunks are sized by it, where they are.
+        """
         self.runner.warm_up()
-        if self.scheduler.pacer.target_s not in (None, math.inf):
-            self.scheduler.pacer.profile = {n: self._chunk_s(n) for n in self.runner.chunk_sizes}
+        is_paced = self.scheduler.pacer.target_s not in (None, math.inf)
+        capacity = self.kv_cache.pool.num_blocks * self.kv_cache.block_size
+        most = min(self.runner.token_budget, self.runner.max_model_len - 1, capacity - 1)
+        sizes = self.runner.chunk_sizes if is_paced else sorted({min(n, most) for n in _PROFILE_TOKENS})
+        chunks = {n: self._chunk_s(n) for n in sizes}
+        if is_paced:
+            self.scheduler.pacer.profile = {n: chunks[n] for n in self.runner.chunk_sizes}
+        for num_tokens, seconds in chunks.items():
+            self._step_costs.observe(0, num_tokens, seconds)
+        for num_decodes in sorted({1, min(_PROFILE_DECODES, self.scheduler.max_num_seqs, most // 2)}):
+            self._step_costs.observe(num_decodes, 0, self._decodes_s(num_decodes))
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a sequence. Raises ValueError for an id in use or a prompt that does not fit."""
@@ -102,7 +117,9 @@ class EngineCore:
         self._last_step_s = end - start
         if self._last_plan is not None:
             # With a step in flight, a call takes as long as the step whose results it waits for.
-            self.scheduler.observe(self._last_plan, self._last_step_s)
+            plan = self._last_plan
+            self.scheduler.observe(plan, self._last_step_s)
+            self._step_costs.observe(plan.num_decodes, plan.num_prompt_tokens, self._last_step_s)
         kind = self._last_plan.kind if self._last_plan is not None else None
         return StepOutputs(end, tuple(outputs), self.stats(), kind)
 
@@ -112,13 +129,26 @@ class EngineCore:
             "warm-up", [0] * (num_tokens + 1), SamplingParams(), max_model_len=self.runner.max_model_len + 1
         )
         request.block_ids = list(range(-(-(num_tokens + 1) // self.kv_cache.block_size)))
-        plan = SchedulerOutput((ScheduledRequest(request, 0, num_tokens),))
+        return self._measured_s(SchedulerOutput((ScheduledRequest(request, 0, num_tokens),)))
+
+    def _decodes_s(self, num_decodes: int) -> float:
+        """Seconds of a step of so many decodes over short contexts, all in the first block."""
+        parts = []
+        for i in range(num_decodes):
+            params = SamplingParams(temperature=0.0)
+            request = Request(f"warm-up-{i}", [0, 0], params, max_model_len=self.runner.max_model_len + 1)
+            request.block_ids = [0]
+            parts.append(ScheduledRequest(request, 1, 1))
+        return self._measured_s(SchedulerOutput(tuple(parts)))
+
+    def _measured_s(self, plan: SchedulerOutput) -> float:
         times: list[float] = []
         while len(times) < _PROFILE_RUNS and sum(times) < _PROFILE_S:
             start = time.monotonic()
             self.runner.execute(plan)
             times.append(time.monotonic() - start)
-        self.runner.forget(request.request_id)
+        for part in plan.scheduled:
+            self.runner.forget(part.request.request_id)
         return min(times)
 
     def _step_ahead(self) -> list[TokenOutput]:
@@ -183,6 +213,7 @@ class EngineCore:
             total_draft_tokens=scheduler.total_draft_tokens,
             total_accepted_tokens=scheduler.total_accepted_tokens,
             num_preempted=scheduler.num_preempted,
+            step_cost=self._step_costs.cost,
         )
 
     def _emit(self, request: Request, tokens: list[SampledToken]) -> list[TokenOutput]:

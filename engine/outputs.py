@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.step_cost import StepCost
+
 FinishReason = Literal["stop", "length", "abort"]
 StepKind = Literal["decode", "mixed", "prefill"]
 """By whether a step computed prompt tokens: none, beside decodes, or alone."""
@@ -116,6 +118,8 @@ class EngineStats:
     total_accepted_tokens: int = 0
     num_preempted: int = 0
     """Of those that wait: gave up their blocks, and compute their tokens again."""
+    step_cost: StepCost | None = None
+    """Measured while warming up, and by every step since."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,11 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._state, answers_with_id=False, peers=self._peers)
 
+    async def report_to(self, router: str) -> None:
+        """A router asks for this replica's events: host:port. It may ask again."""
+        if self._links is not None:
+            self._links.connect(router)
+
     async def status_snapshot(self) -> Snapshot:
         """What this replica adds to the status page, whichever replica shows it."""
         return take_snapshot(self._state)
@@ -159,8 +164,7 @@ class Replica:
             stats.num_waiting_tokens,
             (stats.num_blocks - stats.num_free_blocks) * self._config.block_size,
             stats.total_steps,
-            stats.last_step_s,
-            stats.prompt_tokens_per_s,
+            stats.step_cost,
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -46,6 +46,7 @@ class ScheduledEngine(TimedEngine):
             total_preemptions=scheduler.total_preemptions,
             last_step_s=self._last_step_s,
             prompt_tokens_per_s=scheduler.prompt_tokens_per_s,
+            step_cost=self.speed.cost,
         )
 
     def _enter(

@@ -19,6 +19,7 @@ from engine import (
     RequestOutput,
     RequestTimings,
     SamplingParams,
+    StepCost,
     StepTimes,
     Urgency,
 )
@@ -38,6 +39,11 @@ class Speed:
     base_s: float = 0.02
     per_active_s: float = 0.0005
     prefill_token_s: float = 0.0002
+
+    @property
+    def cost(self) -> StepCost:
+        """What the real engine would have measured."""
+        return StepCost(self.base_s, self.per_active_s, 0.0, self.prefill_token_s)
 
     def step_s(self, num_decodes: int, num_prompt_tokens: int) -> float:
         return self.base_s + self.per_active_s * num_decodes + self.prefill_token_s * num_prompt_tokens
@@ -152,6 +158,7 @@ class TimedEngine:
             total_preemptions=0,
             last_step_s=self._last_step_s,
             prompt_tokens_per_s=1 / self.speed.prefill_token_s,
+            step_cost=self.speed.cost,
         )
 
     def drain_timings(self) -> list[RequestTimings]:

@@ -12,6 +12,7 @@ from deploy.bench.report import percentile
 from deploy.bench.router_simulation import Clock, Engine, Replica, Simulation
 from deploy.bench.router_traces import TRACES, Trace
 from serving.routing import (
+    CostModel,
     LatencyPolicy,
     LeastRequests,
     Overloaded,
@@ -68,6 +69,12 @@ class Oracle:
         self._prefixes.add(flight.slot, flight.request.block_hashes)
         arrives_s = flight.dispatched_at_s + Simulation.network_s
         self._on_the_way.append((arrives_s, flight.slot, flight.prefill_tokens))
+
+    def measured(self, slot: int, cost: CostModel) -> None:
+        pass
+
+    def holds(self, slot: int, block_hashes: Sequence[int]) -> None:
+        self._prefixes.add(slot, block_hashes)
 
     def closed(self, flight: Flight, outcome: Outcome, output_tokens: int, now_s: float) -> None:
         pass

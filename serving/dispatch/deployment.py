@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -26,8 +28,8 @@ from monitoring.exporter import Exporter, MetricsSettings
 from serving.dispatch.dispatcher import Dispatcher
 from serving.dispatch.headers import DECIDED, write_decided
 from serving.dispatch.listener import Listener
-from serving.dispatch.settings import INITIAL_COST, RoutingSettings, create_policy
-from serving.routing import CostEstimator, LatencyPolicy, Router
+from serving.dispatch.settings import RoutingSettings, create_policy
+from serving.routing import Router
 from serving.telemetry.logs import LogWriter
 from serving.telemetry.settings import TelemetrySettings
 from serving.telemetry.tracing import is_on
@@ -38,6 +40,8 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _TRUNCATED = "x-body-truncated"  # "<bytes sent>/<content length>"
 _SWEEP_PERIOD_S = 1.0
 _LISTED_TIMEOUT_S = 20.0
+_INTRODUCTION_PERIOD_S = 0.5
+_INTRODUCED_TIMEOUT_S = 2.0
 
 
 @serve.ingress()
@@ -56,13 +60,10 @@ class RequestRouter:
         """replicas: name of the deployment, in this application, that serves the requests."""
         self._log_writer = LogWriter(telemetry.logs)
         self._is_traced = is_on(telemetry.traces)
-        policy = create_policy(settings.policy, random.Random())
-        estimator = CostEstimator(INITIAL_COST) if isinstance(policy, LatencyPolicy) else None
         self._dispatcher = Dispatcher(
-            Router(policy, time.monotonic),
+            Router(create_policy(settings.policy, random.Random()), time.monotonic),
             tiers,
             time.monotonic,
-            estimator,
             recorder=RouterRecorder(),
             new_replica_delay_s=settings.new_replica_delay_s,
         )
@@ -74,6 +75,7 @@ class RequestRouter:
         async with asyncio.timeout(_LISTED_TIMEOUT_S):
             await listed.wait()
         self._sweeping = asyncio.create_task(self._sweep())
+        self._introducing = asyncio.create_task(self._introduce(replicas))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(routes=[Route("/internal/route", self._route, methods=["POST"])])
@@ -104,13 +106,26 @@ class RequestRouter:
             self._dispatcher.sweep()
             self._dispatcher.record_fleet()
 
+    async def _introduce(self, replicas: str) -> None:
+        """Ask the replicas to report here, until all of those that are listed do: one to which this router
+        has sent nothing yet would not know of it, and this router not of what the others send there.
+        """
+        handle = serve.get_deployment_handle(replicas, serve.get_replica_context().app_name)
+        while True:
+            if self._dispatcher.is_waiting_for_replicas:
+                answers = handle.broadcast("report_to", self._dispatcher.reply_to)
+                with contextlib.suppress(TimeoutError, RayError, RayServeException):  # the next time, then
+                    await answers.results_async(timeout_s=_INTRODUCED_TIMEOUT_S, return_exceptions=True)
+            await asyncio.sleep(_INTRODUCTION_PERIOD_S)
+
     async def __del__(self) -> None:
-        if not hasattr(self, "_sweeping"):
+        if not hasattr(self, "_introducing"):
             return
         self._long_poll.stop()
-        self._sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._sweeping
+        for task in (self._sweeping, self._introducing):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
         await self._listener.close()
         self._log_writer.stop()
         self._exporter.close()

@@ -16,9 +16,10 @@ from serving.dispatch.headers import (
     write_prefixes,
     write_size,
 )
-from serving.dispatch.messages import Arrived, Ended, FirstToken, Hello, Message, Report
+from serving.dispatch.messages import Arrived, Ended, FirstToken, Held, Hello, Message, Report
 from serving.dispatch.prompts import routed_request
-from serving.routing import CostEstimator, Overloaded, ReplicaStats, RoutedRequest, Router
+from serving.dispatch.settings import INITIAL_COST
+from serving.routing import CostModel, Overloaded, ReplicaStats, RoutedRequest, Router
 from serving.routing.prefix_index import PrefixIndex
 from serving.tiers import Tier
 
@@ -27,6 +28,7 @@ from serving.tiers import Tier
 ARRIVAL_TIMEOUT_S = 20.0
 # Work on a replica, and no step for so long: nothing more is sent there until it moves again.
 STALL_S = 5.0
+_LEAST_COST_S = 1e-9  # where a measurement came out as nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,14 @@ class Dispatcher:
     router: Router
     tiers: Mapping[str, Tier]
     clock: Callable[[], float]
-    estimator: CostEstimator | None = None
     recorder: RouterRecorder = field(default_factory=RouterRecorder)
     reply_to: str = ""
     new_replica_delay_s: float = 0.0
     _listed_at_s: dict[str, float] = field(default_factory=dict)
+    _hellos: dict[str, Hello] = field(default_factory=dict)
+    """Of the replicas that are connected."""
+    _costs: dict[str, CostModel] = field(default_factory=dict)
+    """As they said last."""
     _gone: set[str] = field(default_factory=set)
     """Listed still, but their connection broke: dead, most likely."""
     _unseen: dict[str, float] = field(default_factory=dict)
@@ -106,9 +111,13 @@ class Dispatcher:
             self._remove(replica_id)
         self._admit_listed()
 
+    @property
+    def is_waiting_for_replicas(self) -> bool:
+        """Some are listed that have not connected, or not anew: they may not know of this router."""
+        return not self._listed_at_s.keys() <= self._hellos.keys()
+
     def connected(self, hello: Hello) -> None:
-        if self.estimator is not None:
-            self.estimator.set_limits(hello.limits)
+        self._hellos[hello.replica_id] = hello
         if hello.replica_id in self._gone:
             self._gone.discard(hello.replica_id)
             self._admit_listed()
@@ -117,6 +126,8 @@ class Dispatcher:
         """Its connection broke. A kernel closes those of a killed process at once, long before any health
         check.
         """
+        self._hellos.pop(replica_id, None)
+        self._costs.pop(replica_id, None)
         if replica_id in self._listed_at_s:
             self._gone.add(replica_id)
         self._reported_at_s.pop(replica_id, None)
@@ -139,6 +150,10 @@ class Dispatcher:
                     self.router.failed(flight_id)
                 else:
                     self.router.aborted(flight_id)
+            case Held(prefixes):
+                self._admit_proven(replica_id)
+                if replica_id in self.router.fleet:
+                    self.router.holds(replica_id, PrefixIndex.with_entries(prefixes))
             case Report():
                 self._report(replica_id, message)
             case Hello():
@@ -189,7 +204,18 @@ class Dispatcher:
             is_settled = now_s - listed_at_s >= self.new_replica_delay_s
             is_needed = 2 * len(fleet) < len(self._listed_at_s)
             if replica_id not in fleet and replica_id not in self._gone and (is_settled or is_needed):
-                self.router.add_replica(replica_id)
+                self._admit(replica_id)
+
+    def _admit_proven(self, replica_id: str) -> None:
+        """The replica has had requests: the proxy knows it."""
+        is_listed = replica_id in self._listed_at_s and replica_id not in self._gone
+        if is_listed and replica_id not in self.router.fleet:
+            self._admit(replica_id)
+
+    def _admit(self, replica_id: str) -> None:
+        self.router.add_replica(replica_id)
+        if (cost := self._costs.get(replica_id)) is not None:
+            self.router.measured(replica_id, cost)
 
     def _remove(self, replica_id: str) -> None:
         self._progress.pop(replica_id, None)
@@ -203,6 +229,7 @@ class Dispatcher:
         flight_id = arrived.flight_id
         self._unseen.pop(flight_id, None)
         _, orphan = self._orphans.pop(flight_id, (0.0, None))
+        self._admit_proven(replica_id)
         if replica_id not in self.router.fleet:
             self.router.failed(flight_id)  # not where it was sent, and not on the books where it is
             return
@@ -223,12 +250,14 @@ class Dispatcher:
     def _report(self, replica_id: str, report: Report) -> None:
         now_s = self.clock()
         self._reported_at_s[replica_id] = now_s
+        if (cost := _cost_of(self._hellos.get(replica_id), report)) is not None:
+            self._costs[replica_id] = cost
         if replica_id not in self.router.fleet:
             return
+        if cost is not None:
+            self.router.measured(replica_id, cost)
         waiting, running = report.num_waiting_tokens, report.num_running
         self.router.report(replica_id, ReplicaStats(now_s, waiting, running, report.kv_tokens))
-        if self.estimator is not None:
-            self.estimator.observe(report.sample)
         progress = self._progress.get(replica_id)
         in_flight = self.router.fleet.ledger.in_flight[self.router.fleet.slot(replica_id)]
         if progress is None or progress.total_steps != report.total_steps or in_flight == 0:
@@ -236,3 +265,22 @@ class Dispatcher:
             self.router.set_healthy(replica_id, True)
         elif now_s - progress.since_s > STALL_S:
             self.router.set_healthy(replica_id, False)
+
+
+def _cost_of(hello: Hello | None, report: Report) -> CostModel | None:
+    """None as long as the replica has measured nothing."""
+    if hello is None or report.cost is None:
+        return None
+    cost = report.cost
+    return CostModel(
+        step_base_s=max(cost.base_s, _LEAST_COST_S),
+        step_per_active_s=cost.per_decode_s,
+        # Left to the residuals: between neighbouring steps it moves with the sequences.
+        step_per_kv_token_s=0.0,
+        prefill_step_s=cost.prefill_step_s,
+        prefill_token_s=max(cost.prefill_token_s, _LEAST_COST_S),
+        chunk_tokens=hello.chunk_tokens,
+        max_num_seqs=hello.max_num_seqs,
+        kv_capacity_tokens=hello.kv_capacity_tokens,
+        overhead_s=INITIAL_COST.overhead_s,
+    )

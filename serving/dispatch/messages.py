@@ -4,7 +4,7 @@ import json
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
-from serving.routing import EngineLimits, EngineSample
+from engine import StepCost
 
 EndReason = Literal["finished", "aborted", "failed"]
 END_REASONS: tuple[EndReason, ...] = ("finished", "aborted", "failed")
@@ -20,10 +20,6 @@ class Hello:
     chunk_tokens: int
     kv_capacity_tokens: int
 
-    @property
-    def limits(self) -> EngineLimits:
-        return EngineLimits(self.max_num_seqs, self.chunk_tokens, self.kv_capacity_tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
@@ -35,6 +31,14 @@ class Arrived:
     priority: int = 0
     prefixes: list[int] = field(default_factory=list)
     """The prompt's entries in a `PrefixIndex`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Said to a router that is new: what earlier requests have left in the prefix cache."""
+
+    prefixes: list[int]
+    """Entries of a `PrefixIndex`, the newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +59,23 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The replica's load, a few times a second."""
+    """The replica's load and speed, a few times a second."""
 
     num_running: int
     num_waiting_tokens: int
     kv_tokens: int
     total_steps: int
-    step_s: float
-    prompt_tokens_per_s: float
+    cost: StepCost | None
+    """What its steps take, as it measured them."""
 
-    @property
-    def sample(self) -> EngineSample:
-        return EngineSample(*astuple(self))
+    def __post_init__(self) -> None:
+        if isinstance(self.cost, list):  # as it comes out of JSON
+            object.__setattr__(self, "cost", StepCost(*self.cost))
 
 
-Message = Hello | Arrived | FirstToken | Ended | Report
+Message = Hello | Held | Arrived | FirstToken | Ended | Report
 _TYPES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Arrived, FirstToken, Ended, Report)
+    kind.__name__: kind for kind in (Hello, Held, Arrived, FirstToken, Ended, Report)
 }
 
 

@@ -17,7 +17,18 @@ from serving.dispatch.headers import (
     read_prefixes,
     read_size,
 )
-from serving.dispatch.messages import Arrived, Ended, EndReason, FirstToken, Hello, Message, Report, encode
+from serving.dispatch.messages import (
+    Arrived,
+    Ended,
+    EndReason,
+    FirstToken,
+    Held,
+    Hello,
+    Message,
+    Report,
+    encode,
+)
+from serving.routing.prefix_index import PrefixIndex
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +36,8 @@ _REPORT_PERIOD_S = 0.25
 _CONNECT_TIMEOUT_S = 2.0
 # A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
 _MAX_UNSENT_BYTES = 2**20
+# Whose prefixes a new router is told of: 256,000 tokens. More may be cached: it is a hint.
+_MAX_HELD_BLOCKS = 16_384
 
 
 class Flight:
@@ -58,6 +71,10 @@ class Flight:
             self.has_ended = True
             self._send(Ended(self._arrived.flight_id, reason, output_tokens))
 
+    @property
+    def prefixes(self) -> list[int]:
+        return self._arrived.prefixes
+
     def history(self) -> list[Message]:
         """What was said of it so far, for a router that was not there."""
         flight_id = self._arrived.flight_id
@@ -70,10 +87,11 @@ class Flight:
 
 
 class RouterLinks:
-    """Connections to the routers, opened when the first request names one and kept until either side goes.
+    """Connections to the routers, opened when one asks for it or a request names one, and kept until either
+    side goes.
 
     Every router hears of every request, so that several of them have the same books but for the time that a
-    message takes; one that is new is told of what is open.
+    message takes; one that is new is told of what is open, and of what lies in the prefix cache.
 
     hello: this replica's name and limits, once the engine is there.
     report: its load now.
@@ -84,16 +102,24 @@ class RouterLinks:
         self._hello, self._report, self._recorder = hello, report, recorder
         self._links: dict[str, _Link] = {}
         self._open: dict[str, Flight] = {}
+        self._held = PrefixIndex(1, _MAX_HELD_BLOCKS)
+
+    def connect(self, address: str) -> None:
+        """Report to the router at host:port from now on, if that is not so already."""
+        if address in self._links and not self._links[address].is_closed:
+            return
+        self._links = {address: link for address, link in self._links.items() if not link.is_closed}
+        held = self._held.held(0)
+        known: list[Message] = [Held(held)] if held else []
+        known += [message for flight in self._open.values() for message in flight.history()]
+        self._links[address] = _Link(address, self._hello, self._report, known)
 
     def flight(self, headers: Mapping[str, str], arrival_s: float) -> Flight | None:
         """None for a request that no router sent."""
         flight_id, reply_to = headers.get(FLIGHT), headers.get(REPLY_TO)
         if not flight_id or not reply_to:
             return None
-        if reply_to not in self._links or self._links[reply_to].is_closed:
-            self._links = {address: link for address, link in self._links.items() if not link.is_closed}
-            known = [message for flight in self._open.values() for message in flight.history()]
-            self._links[reply_to] = _Link(reply_to, self._hello, self._report, known)
+        self.connect(reply_to)
         size = read_size(headers.get(SIZE, ""))
         arrived = Arrived(flight_id, *size, read_prefixes(headers.get(PREFIXES, "")))
         flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)
@@ -107,6 +133,10 @@ class RouterLinks:
     def _send(self, message: Message) -> None:
         if isinstance(message, Ended):
             self._open.pop(message.flight_id, None)
+        elif isinstance(message, FirstToken):
+            # Only now: the prompt's blocks are there.
+            prefixes = self._open[message.flight_id].prefixes
+            self._held.add(0, PrefixIndex.with_entries(prefixes))
         for link in self._links.values():
             link.send(message)
 

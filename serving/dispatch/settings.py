@@ -17,7 +17,7 @@ from serving.routing import (
 
 PolicyName = Literal["latency", "round_robin", "least_requests", "power_of_two", "prefix_affinity", "none"]
 
-# Before the first replica has said how fast it is: an 8B model on one H100, roughly. Only ratios matter then.
+# Until a replica says what it measured, a moment after its start: an 8B model on one H100, roughly.
 INITIAL_COST = CostModel(
     step_base_s=0.002,
     step_per_active_s=0.0001,

@@ -2,10 +2,12 @@
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from serving.routing.costs import CostModel
 from serving.routing.fleet import Fleet
 from serving.routing.ledger import Flight
 from serving.routing.prefix_index import PrefixIndex
@@ -19,6 +21,12 @@ class _NoBooks:
     """Needs nothing but the ledger's counters."""
 
     def dispatched(self, flight: Flight) -> None:
+        pass
+
+    def measured(self, slot: int, cost: CostModel) -> None:
+        pass
+
+    def holds(self, slot: int, block_hashes: Sequence[int]) -> None:
         pass
 
     def closed(self, flight: Flight, outcome: Outcome, output_tokens: int, now_s: float) -> None:
@@ -115,6 +123,9 @@ class PrefixAffinity(_DrawingPolicy):
 
     def dispatched(self, flight: Flight) -> None:
         self._prefixes.add(flight.slot, flight.request.block_hashes)
+
+    def holds(self, slot: int, block_hashes: Sequence[int]) -> None:
+        self._prefixes.add(slot, block_hashes)
 
     def replica_removed(self, slot: int) -> None:
         self._prefixes.clear(slot)

@@ -103,7 +103,7 @@ class ErrorGate:
 
 
 def kv_admits(
-    kv_tokens: FloatArray, needed_tokens: FloatArray, capacity_tokens: int, max_share: float
+    kv_tokens: FloatArray, needed_tokens: FloatArray, capacity_tokens: FloatArray, max_share: float
 ) -> BoolArray:
     """Where the request fits below `max_share` of the KV cache. [num_slots]
 

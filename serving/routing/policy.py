@@ -1,15 +1,17 @@
 """The latency policy: each request goes where its answer is predicted to start, and to end, soonest."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from engine import MAX_PRIORITY
+from serving.routing.costs import CostModel, FleetCosts
 from serving.routing.fleet import Fleet
 from serving.routing.gates import BoolArray, ErrorGate, kv_admits
 from serving.routing.ledger import Flight, FloatArray, IntArray
-from serving.routing.predictor import CostModel, OutputLengths, Residuals
+from serving.routing.predictor import OutputLengths, Residuals
 from serving.routing.prefix_index import PrefixIndex
 from serving.routing.requests import Outcome, Overloaded, RequestKind, RoutedRequest
 from serving.routing.router import Choice
@@ -48,6 +50,7 @@ class LatencyPolicy:
     important (power of two choices: Azar et al., "Balanced allocations", 1999; Mitzenmacher, IEEE TPDS
     12(10), 2001), so that several routers with the same statistics do not all pick the same replica.
 
+    cost: of replicas that have not said what they measured, as long as none has.
     rng: seeded by the owner where decisions must repeat.
     """
 
@@ -61,7 +64,7 @@ class LatencyPolicy:
         max_prefix_blocks: int = 16_384,
         settings: LatencyPolicySettings | None = None,
     ) -> None:
-        self.cost = cost
+        self.costs = FleetCosts(cost, max_replicas)
         # By priority: what the less important wait for the more important, who take their places, says
         # nothing about how soon a replica begins with these.
         self.residuals = [Residuals(max_replicas) for _ in range(MAX_PRIORITY + 1)]
@@ -72,26 +75,26 @@ class LatencyPolicy:
         self._settings = settings or LatencyPolicySettings()
 
     def choose(self, request: RoutedRequest, fleet: Fleet, now_s: float) -> Choice | Overloaded:
-        n, cost, ledger = fleet.num_slots, self.cost, fleet.ledger
+        n, costs, ledger = fleet.num_slots, self.costs, fleet.ledger
         output = self.lengths.expect(request.max_output_tokens)
         saved = self.prefixes.match(request.block_hashes, n)
         own = np.maximum(request.prompt_tokens - saved, 1).astype(np.float64)
 
         foreign_prefill, foreign_active, foreign_kv = fleet.foreign(now_s)
         # No more than there are places: those beyond wait, or gave way.
-        active = np.minimum(ledger.active_decodes[:n] + foreign_active, cost.max_num_seqs)
+        active = np.minimum(ledger.active_decodes[:n] + foreign_active, costs.max_num_seqs[:n])
         kv = ledger.kv_tokens[:n] + foreign_kv
         residuals = self.residuals[request.priority]
         slowness = residuals.ttft_factors(n, now_s)
-        step = cost.decode_step_s(active, kv)
-        rate = cost.prefill_rate(step) / slowness
+        step = costs.decode_step_s(active, kv)
+        rate = costs.prefill_rate(step) / slowness
         ahead = ledger.remaining_prefill(n, now_s, rate, request.priority) + foreign_prefill
 
         in_flight, as_important = ledger.in_flight[:n], ledger.in_flight_from[request.priority, :n]
-        beside = np.minimum(in_flight + foreign_active + 1, cost.max_num_seqs)
-        raw_tpot = cost.decode_step_s(beside, kv + request.prompt_tokens)
+        beside = np.minimum(in_flight + foreign_active + 1, costs.max_num_seqs[:n])
+        raw_tpot = costs.decode_step_s(beside, kv + request.prompt_tokens)
         tpot = raw_tpot * residuals.tpot_factors(n, now_s)
-        raw_ttft = cost.ttft_s(ahead, own, step, active) + cost.admission_wait_s(
+        raw_ttft = costs.ttft_s(ahead, own, step, active) + costs.admission_wait_s(
             as_important,
             kv,
             request.prompt_tokens,
@@ -101,7 +104,7 @@ class LatencyPolicy:
 
         may_go = fleet.eligible(request)
         admitted = may_go & self.errors.admits(n, now_s)
-        admitted &= kv_admits(kv, own, cost.kv_capacity_tokens, self._settings.max_kv_share)
+        admitted &= kv_admits(kv, own, costs.kv_capacity_tokens[:n], self._settings.max_kv_share)
         if not admitted.any():
             return self._overloaded(may_go, ttft, n, now_s)
 
@@ -125,6 +128,12 @@ class LatencyPolicy:
         self.errors.dispatched(flight.request.request_id, flight.slot)
         self.prefixes.add(flight.slot, flight.request.block_hashes)
 
+    def measured(self, slot: int, cost: CostModel) -> None:
+        self.costs.set(slot, cost)
+
+    def holds(self, slot: int, block_hashes: Sequence[int]) -> None:
+        self.prefixes.add(slot, block_hashes)
+
     def closed(self, flight: Flight, outcome: Outcome, output_tokens: int, now_s: float) -> None:
         request_id, slot = flight.request.request_id, flight.slot
         if outcome is Outcome.FINISHED:
@@ -142,6 +151,7 @@ class LatencyPolicy:
     def replica_removed(self, slot: int) -> None:
         for residuals in self.residuals:
             residuals.reset(slot)
+        self.costs.reset(slot)
         self.errors.reset(slot)
         self.prefixes.clear(slot)
 

@@ -1,98 +1,12 @@
-"""Time to first token and time per output token in closed form, corrected by what each replica showed."""
+"""What the closed forms of `costs` are off by, and how long answers are: learnt from what was."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from serving.routing.ledger import Flight, FloatArray, IntArray
+from serving.routing.ledger import Flight, FloatArray
 
 _REFRESH_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """One engine's measured speed. Seconds and tokens.
-
-    A step decodes every active request and computes at most `chunk_tokens` prompt tokens:
-    step = step_base_s + active * step_per_active_s + kv * step_per_kv_token_s
-           + (prefill_step_s + prompt tokens * prefill_token_s, if it computes any).
-
-    overhead_s: what a request pays outside the engine's steps (two network hops, tokenization).
-    """
-
-    step_base_s: float
-    step_per_active_s: float
-    step_per_kv_token_s: float
-    prefill_step_s: float
-    prefill_token_s: float
-    chunk_tokens: int
-    max_num_seqs: int
-    kv_capacity_tokens: int
-    overhead_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "max_num_seqs", "kv_capacity_tokens", "step_base_s", "prefill_token_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-
-    def decode_step_s(self, active: FloatArray, kv_tokens: FloatArray) -> FloatArray:
-        """A step without prompt tokens, seconds."""
-        step: FloatArray = (
-            self.step_base_s + self.step_per_active_s * active + self.step_per_kv_token_s * kv_tokens
-        )
-        return step
-
-    def prefill_rate(self, step_s: FloatArray) -> FloatArray:
-        """Prompt tokens a second while decodes of `step_s` share the steps."""
-        chunk = self.chunk_tokens
-        rate: FloatArray = chunk / (step_s + self.prefill_step_s + chunk * self.prefill_token_s)
-        return rate
-
-    def ttft_s(
-        self,
-        prefill_ahead: FloatArray,
-        own_tokens: FloatArray,
-        step_s: FloatArray,
-        active: FloatArray,
-    ) -> FloatArray:
-        """Seconds to the first token where a place in the batch and KV blocks are free.
-
-        The tokens ahead and the request's own fill steps of `chunk_tokens`; before them, on average half of
-        the step that runs on arrival.
-        """
-        tokens = prefill_ahead + own_tokens
-        steps = np.ceil(tokens / self.chunk_tokens)
-        ttft: FloatArray = (
-            self.overhead_s
-            + 0.5 * step_s * (active > 0)
-            + steps * (step_s + self.prefill_step_s)
-            + tokens * self.prefill_token_s
-        )
-        return ttft
-
-    def admission_wait_s(
-        self,
-        in_flight: IntArray,
-        kv_tokens: FloatArray,
-        needed_kv_tokens: float,
-        answer_s: FloatArray,
-    ) -> FloatArray:
-        """Seconds until a place in the batch and KV blocks for the request come free.
-
-        Requests leave one by one over a mean answer's time `answer_s`, and give back their share of the
-        cache.
-        """
-        # Mostly nobody waits, and two maxima are cheaper than the arithmetic over a large fleet.
-        if (
-            in_flight.max() < self.max_num_seqs
-            and kv_tokens.max() + needed_kv_tokens <= self.kv_capacity_tokens
-        ):
-            return np.zeros(len(in_flight))
-        missing_seats = np.maximum(0.0, (in_flight + 1 - self.max_num_seqs) / self.max_num_seqs)
-        missing_kv = np.maximum(0.0, (kv_tokens + needed_kv_tokens) / self.kv_capacity_tokens - 1)
-        wait: FloatArray = np.maximum(missing_seats, missing_kv) * answer_s
-        return wait
 
 
 class Residuals:

@@ -76,6 +76,12 @@ class PrefixIndex:
     def num_prefixes(self, slot: int) -> int:
         return len(self._held[slot])
 
+    def held(self, slot: int) -> list[int]:
+        """Entries of the prefixes that the replica holds, the newest first. As `with_entries`, another
+        index takes them in in one `add`.
+        """
+        return list(reversed(self._held[slot]))
+
     def match(self, block_hashes: Sequence[int], num_slots: int) -> IntArray:
         """Leading tokens of the prompt that each replica holds. [num_slots]
 

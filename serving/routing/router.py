@@ -2,10 +2,11 @@
 alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from serving.routing.costs import CostModel
 from serving.routing.fleet import Fleet
 from serving.routing.ledger import Flight
 from serving.routing.requests import Decision, Outcome, Overloaded, ReplicaStats, RoutedRequest
@@ -36,6 +37,10 @@ class Policy(Protocol):
     def choose(self, request: RoutedRequest, fleet: Fleet, now_s: float) -> Choice | Overloaded: ...
 
     def dispatched(self, flight: Flight) -> None: ...
+
+    def measured(self, slot: int, cost: CostModel) -> None: ...
+
+    def holds(self, slot: int, block_hashes: Sequence[int]) -> None: ...
 
     def closed(self, flight: Flight, outcome: Outcome, output_tokens: int, now_s: float) -> None: ...
 
@@ -78,6 +83,14 @@ class Router:
     def report(self, replica_id: str, stats: ReplicaStats) -> None:
         """Statistics that a replica published. Raises UnknownReplicaError."""
         self.fleet.report(replica_id, stats)
+
+    def measured(self, replica_id: str, cost: CostModel) -> None:
+        """A replica said how fast it is, and what it can hold. Raises UnknownReplicaError."""
+        self.policy.measured(self.fleet.slot(replica_id), cost)
+
+    def holds(self, replica_id: str, block_hashes: Sequence[int]) -> None:
+        """A replica said that these prefixes are in its cache. Raises UnknownReplicaError."""
+        self.policy.holds(self.fleet.slot(replica_id), block_hashes)
 
     def route(self, request: RoutedRequest) -> Decision | Overloaded:
         """Choose a replica and enter the request in its books in one go, so that the next choice sees it.

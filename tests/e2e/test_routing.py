@@ -32,16 +32,9 @@ def test_the_header_explains_the_choice_and_the_metric_counts_it(cluster):
 
 
 def test_a_long_beginning_goes_back_to_where_it_is_cached(cluster):
-    for _ in range(40):  # so that every router has sent to every replica, and hears from it
-        ask(cluster, "Yes.")
-    # A router may not have heard yet, and a replica that a busy machine slowed is taken for slow: half is
-    # enough, for tokens are only saved where the router knows of them.
-    went_back = []
-    for town in ("Aarau", "Bergen", "Cadiz"):
-        beginning = f"A river runs through the old town of {town}, past the mill and under the bridge. " * 12
-        first = ask(cluster, beginning + "Who lives there?")
-        for question in ("How old is the bridge?", "Where is the mill?"):
-            again = ask(cluster, beginning + question)
-            is_saved = int(again.get("saved-tokens", 0)) >= 128
-            went_back.append(is_saved and again["replica"] == first["replica"])
-    assert sum(went_back) >= 3, went_back
+    beginning = "A river runs through the old town, past the mill and under the bridge. " * 12
+    first = ask(cluster, beginning + "Who lives there?")
+    for question in ("How old is the bridge?", "Where is the mill?"):  # each of the two routers is asked
+        again = ask(cluster, beginning + question)
+        assert again["replica"] == first["replica"]
+        assert int(again["saved-tokens"]) >= 128

@@ -5,7 +5,6 @@ TTFT is that of the short requests alone: what the long ones take to compute is 
 """
 
 import argparse
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import requests  # isort: skip
 
 from deploy.bench import report  # isort: skip
 
-from serving.dispatch.headers import PEREGRINE_ROUTE
 from tests.load.own_cluster import running
 from tests.load.scenarios import Arrival, Kind, Scenario, arrivals
 from tests.load.streaming_user import Outcome
@@ -25,7 +23,6 @@ from tests.load.streaming_user import Outcome
 POLICIES = ("latency", "round_robin", "least_requests", "power_of_two", "none")
 SHORT = Kind("default", 0.98, 30, 24, 5.0)
 LONG = Kind("default", 0.02, 6000, 24, 60.0)  # about 10,000 tokens, 2 s of the double's time
-_ROUTED_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -55,22 +52,8 @@ def measure(policy: str, name: str, trace: Trace, todo: list[Arrival], port: int
     options = ("--policy", policy, "--engine", trace.engine, "--replicas", str(trace.replicas))
     with running(*options, "--max-num-seqs", str(trace.max_num_seqs), port=port) as url:
         model = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        wait_until_routed(url, model, is_routed=policy != "none")
         _, outcomes = drive(url, model, todo)
     return row(policy, name, trace, todo, outcomes)
-
-
-def wait_until_routed(url: str, model: str, *, is_routed: bool) -> None:
-    """A proxy that has just been started hears of its routers a little later than of the replicas."""
-    body = {"model": model, "prompt": "Hi", "max_tokens": 1}
-    deadline = time.monotonic() + _ROUTED_TIMEOUT_S
-    while True:
-        answer = requests.post(f"{url}/v1/completions", json=body, timeout=30)
-        if answer.status_code == 200 and (PEREGRINE_ROUTE in answer.headers) == is_routed:
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the proxy asks no router: {answer.status_code}")
-        time.sleep(0.2)
 
 
 def row(policy: str, name: str, trace: Trace, todo: list[Arrival], outcomes: list[Outcome]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Cluster:
             links = RouterLinks(
                 lambda name=name: Hello(name, 64, 512, 200_000),
                 lambda engine=engine: Report(
-                    engine.stats().num_running, 0, 0, engine.stats().total_steps, 0.001, 0.0
+                    engine.stats().num_running, 0, 0, engine.stats().total_steps, None
                 ),
                 recorder,
             )

@@ -2,19 +2,19 @@
 
 import json
 
+from engine import StepCost
 from serving.dispatch.dispatcher import Answer, Dispatcher
 from serving.dispatch.headers import FLIGHT
 from serving.dispatch.messages import Hello, Report
-from serving.routing import CostEstimator
 from serving.tiers import TIERS
-from tests.serving.routing.helpers import COST, ManualClock, make_router
+from tests.serving.routing.helpers import ManualClock, make_router
 
 BODY = json.dumps({"prompt": "Hello there", "max_tokens": 5}).encode()
 
 
 def make_dispatcher(num_replicas: int = 2, **rest) -> tuple[Dispatcher, ManualClock]:
     router, _, clock = make_router(0)
-    dispatcher = Dispatcher(router, TIERS, clock, CostEstimator(COST), reply_to="h:1", **rest)
+    dispatcher = Dispatcher(router, TIERS, clock, reply_to="h:1", **rest)
     dispatcher.list_replicas(f"r{i}" for i in range(num_replicas))
     return dispatcher, clock
 
@@ -24,7 +24,7 @@ def hello(replica_id: str) -> Hello:
 
 
 def report(total_steps: int, num_running: int = 1) -> Report:
-    return Report(num_running, 0, 0, total_steps, 0.01, 1000.0)
+    return Report(num_running, 0, 0, total_steps, StepCost(0.01, 0.001, 0.0, 0.001))
 
 
 def send(dispatcher: Dispatcher, body: bytes = BODY) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import StepCost
 from serving.dispatch.dispatcher import ARRIVAL_TIMEOUT_S, STALL_S
 from serving.dispatch.headers import (
     FLIGHT,
@@ -16,7 +17,7 @@ from serving.dispatch.headers import (
     predicted_ttft_s,
     read_prefixes,
 )
-from serving.dispatch.messages import Arrived, Ended, FirstToken
+from serving.dispatch.messages import Arrived, Ended, FirstToken, Held, Report
 from tests.serving.dispatch.helpers import BODY, hello, is_empty, make_dispatcher, report, send
 
 
@@ -53,6 +54,57 @@ def test_a_router_learns_of_prefixes_that_another_one_sent():
     again = second.route(body, len(body))
     assert again.replica_id == answer.replica_id
     assert "saved-tokens=320" in again.headers[ROUTE]
+
+
+def test_a_router_that_is_new_is_told_what_is_cached():
+    first, second = make_dispatcher()[0], make_dispatcher()[0]
+    body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
+    answer = first.route(body, len(body))
+    prefixes = read_prefixes(answer.headers[PREFIXES])
+    second.receive(answer.replica_id, Held(prefixes))
+    again = second.route(body, len(body))
+    assert again.replica_id == answer.replica_id
+    assert "saved-tokens=320" in again.headers[ROUTE]
+
+
+def test_a_replica_that_has_requests_is_known_to_the_proxy_and_waits_no_longer():
+    dispatcher, _ = make_dispatcher(2, new_replica_delay_s=60.0)
+    dispatcher.list_replicas(["r0", "r1", "r2", "r3"])
+    assert "r3" not in dispatcher.router.fleet
+    dispatcher.receive("r3", Arrived("f", 350, 16))
+    assert "r3" in dispatcher.router.fleet
+    assert dispatcher.counters()["in_flight"] == 1
+    dispatcher.receive("not listed", Arrived("g", 350, 16))
+    assert "not listed" not in dispatcher.router.fleet
+
+
+def test_it_waits_for_those_that_are_listed_and_not_connected():
+    dispatcher, _ = make_dispatcher(2)
+    for replica_id in ("r0", "r1"):
+        assert dispatcher.is_waiting_for_replicas
+        dispatcher.connected(hello(replica_id))
+    assert not dispatcher.is_waiting_for_replicas
+    dispatcher.disconnected("r0")
+    assert dispatcher.is_waiting_for_replicas
+    dispatcher.list_replicas(["r1"])
+    assert not dispatcher.is_waiting_for_replicas
+
+
+def test_the_first_prediction_is_by_what_the_replicas_measured_of_themselves():
+    dispatcher, _ = make_dispatcher(2, new_replica_delay_s=60.0)
+    for replica_id, factor in (("r0", 1.0), ("r1", 2.0)):
+        dispatcher.connected(hello(replica_id))
+        cost = StepCost(factor * 0.02, 0.0, 0.0, factor * 0.001)
+        dispatcher.receive(replica_id, Report(0, 0, 0, 1, cost))
+        dispatcher.receive(replica_id, Held([]))  # one of them is admitted only now
+    body = json.dumps({"prompt": "x" * 400}).encode()
+    answer = dispatcher.route(body, len(body))
+    assert answer.replica_id == "r0"
+    # 2 ms on the way, one step of 20 ms, 100 tokens of 1 ms
+    assert predicted_ttft_s(answer.headers[ROUTE]) == pytest.approx(0.122)
+    dispatcher.disconnected("r0")
+    answer = dispatcher.route(body, len(body))
+    assert predicted_ttft_s(answer.headers[ROUTE]) == pytest.approx(0.242)
 
 
 def test_what_no_replica_saw_is_given_up():

@@ -1,6 +1,7 @@
 """Replica and router over a real connection."""
 
 import asyncio
+import json
 
 import pytest_asyncio
 
@@ -67,6 +68,24 @@ async def test_every_router_hears_of_every_request_and_a_new_one_of_those_that_a
     flight.ended("finished", 3)
     second.ended("aborted")
     await until(lambda: is_empty(other) and is_empty(dispatcher))
+    await listener.close()
+
+
+async def test_a_router_that_asks_hears_of_what_others_send_and_of_what_is_cached(pair):
+    dispatcher, links, _ = pair
+    body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
+    flight = links.flight(dispatcher.route(body, len(body)).headers, 0.0)
+    flight.first_token(1.0)
+    flight.ended("finished", 3)
+    other, _ = make_dispatcher(1)
+    listener = Listener(other)
+    other.reply_to = await listener.start("127.0.0.1")
+    for _ in range(2):
+        links.connect(other.reply_to)
+    await until(lambda: not other.is_waiting_for_replicas)
+    await until(lambda: "saved-tokens=320" in other.route(body, len(body)).headers[ROUTE])
+    links.flight(dispatcher.route(BODY, len(BODY)).headers, 0.0)
+    await until(lambda: other.counters()["in_flight"] == other.counters()["unseen"] + 1)
     await listener.close()
 
 

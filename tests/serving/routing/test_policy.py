@@ -63,15 +63,15 @@ def test_the_urgent_go_where_the_fewest_urgent_are():
 
 
 def test_ties_of_the_urgent_go_to_the_fewer_urgent():
-    router, _, _ = make_router(2, cost=ROOMY)  # places enough: nobody waits for one
+    # Places enough, so that nobody waits for one, and every step takes the same.
+    flat = dataclasses.replace(ROOMY, step_per_active_s=0.0, step_per_kv_token_s=0.0)
+    router, _, _ = make_router(2, cost=flat)
     for i in range(3):
         router.adopt(request(f"voice{i}", 1, priority=0), "r0", 10)
         router.first_token(f"voice{i}")
     for i in range(9):
         router.adopt(request(f"batch{i}", 1, priority=4), "r1", 10)
         router.first_token(f"batch{i}")
-    flat = dataclasses.replace(ROOMY, step_per_active_s=0.0, step_per_kv_token_s=0.0)
-    router.policy.cost = flat  # every step takes the same
     assert {sent_to(router, f"q{i}", 1, priority=0) for i in range(2)} == {"r1"}
 
 

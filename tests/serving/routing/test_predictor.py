@@ -6,32 +6,48 @@ import numpy as np
 import pytest
 
 from serving.routing import CostModel
+from serving.routing.costs import FleetCosts
 from serving.routing.ledger import Flight
 from serving.routing.predictor import OutputLengths, Residuals
 from tests.serving.routing.helpers import COST, request
 
+COSTS = FleetCosts(COST, 4)
+
 
 def test_ttft_on_an_idle_replica():
     # 250 tokens are 3 steps: 2 ms + 3 x (10 + 5 ms) + 250 x 0.1 ms
-    ttft = COST.ttft_s(np.zeros(1), np.array([250.0]), np.array([0.010]), np.zeros(1))
+    ttft = COSTS.ttft_s(np.zeros(1), np.array([250.0]), np.array([0.010]), np.zeros(1))
     assert ttft.tolist() == pytest.approx([0.072])
 
 
 def test_ttft_behind_others():
     # 4 decodes over 1,000 tokens: a step of 10 + 4 + 1 = 15 ms, half of which is left on arrival.
-    step = COST.decode_step_s(np.array([4.0]), np.array([1000.0]))
+    step = COSTS.decode_step_s(np.array([4.0]), np.array([1000.0]))
     assert step.tolist() == pytest.approx([0.015])
     # 120 ahead and 100 own are 3 steps: 2 + 7.5 + 3 x (15 + 5) + 22 ms
-    ttft = COST.ttft_s(np.array([120.0]), np.array([100.0]), step, np.array([4.0]))
+    ttft = COSTS.ttft_s(np.array([120.0]), np.array([100.0]), step, np.array([4.0]))
     assert ttft.tolist() == pytest.approx([0.0915])
-    assert COST.prefill_rate(step).tolist() == pytest.approx([100 / 0.030])
+    assert COSTS.prefill_rate(step).tolist() == pytest.approx([100 / 0.030])
 
 
 def test_wait_for_a_seat_and_for_blocks():
     answers = np.array([0.8, 0.8, 0.8, 0.8])
-    wait = COST.admission_wait_s(np.array([7, 8, 10, 1]), np.array([0.0, 0.0, 0.0, 10_500.0]), 500.0, answers)
+    wait = COSTS.admission_wait_s(
+        np.array([7, 8, 10, 1]), np.array([0.0, 0.0, 0.0, 10_500.0]), 500.0, answers
+    )
     # A free seat; the first of 8 leavers; the third; a tenth of the cache has to come free.
     assert wait.tolist() == pytest.approx([0.0, 0.1, 0.3, 0.08])
+
+
+def test_each_replica_has_its_own_costs_and_silent_ones_those_that_were_heard_last():
+    costs = FleetCosts(COST, 3)
+    idle = np.zeros(3)
+    costs.set(1, dataclasses.replace(COST, step_base_s=0.030))
+    costs.set(2, dataclasses.replace(COST, step_base_s=0.020, max_num_seqs=1))
+    assert costs.decode_step_s(idle, idle).tolist() == pytest.approx([0.020, 0.030, 0.020])
+    assert costs.admission_wait_s(np.array([0, 1, 1]), idle, 1.0, np.ones(3)).tolist() == [0.0, 0.0, 1.0]
+    costs.reset(1)
+    assert costs.decode_step_s(idle, idle).tolist() == pytest.approx([0.020] * 3)
 
 
 def test_costs_are_checked():
