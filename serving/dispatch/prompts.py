@@ -1,5 +1,6 @@
 """What a router can tell of a request from its body, without a tokenizer."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def _prompt_of(fields: dict[str, Any]) -> _Prompt:
         turns = messages
         if (system := fields.get("system")) is not None:  # Anthropic's form
             turns = [{"role": "system", "content": system}, *messages]
-        return _of_text("".join(_text_of(m) for m in turns))
+        return _of_text(_tools_of(fields) + "".join(_text_of(m) for m in turns))
     if isinstance(prompt, list) and prompt and all(isinstance(p, int) for p in prompt):
         return _Prompt(len(prompt), chain_hashes(prompt))
     if isinstance(prompt, list):
@@ -63,13 +64,20 @@ def _prompt_of(fields: dict[str, Any]) -> _Prompt:
     return _of_text(prompt) if isinstance(prompt, str) else _Prompt(0, [])
 
 
+def _tools_of(fields: dict[str, Any]) -> str:
+    """Templates show tools before the turns, so that conversations of one agent begin alike."""
+    tools = fields.get("tools")
+    return json.dumps(tools) if isinstance(tools, list) and tools else ""
+
+
 def _text_of(message: Any) -> str:
     if not isinstance(message, dict):
         return ""
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return f"\n{message.get('role')}: {content or ''}"
+    calls = message.get("tool_calls")
+    return f"\n{message.get('role')}: {content or ''}{json.dumps(calls) if calls else ''}"
 
 
 def _of_text(text: str) -> _Prompt:

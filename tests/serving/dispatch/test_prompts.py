@@ -32,6 +32,18 @@ def test_a_system_prompt_beside_the_turns_comes_first():
     assert beside == read(messages=turns, system=[{"type": "text", "text": system}])
 
 
+def test_tools_stand_before_the_turns():
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{i}", "description": "x" * 50}} for i in range(9)
+    ]
+    one, two = (read(messages=[{"role": "user", "content": c}], tools=tools) for c in ("Hello", "Good day"))
+    plain = read(messages=[{"role": "user", "content": "Hello"}])
+    assert len(one.block_hashes) > 5
+    assert one.block_hashes[:-1] == two.block_hashes[: len(one.block_hashes) - 1]
+    assert one.prompt_tokens > plain.prompt_tokens + 100
+    assert read(messages=[{"role": "user", "content": "Hello"}], tools="nonsense") == plain
+
+
 def test_token_ids_are_counted_and_hashed_as_they_are():
     ids = list(range(40))
     assert read(prompt=ids).prompt_tokens == 40
