@@ -53,13 +53,15 @@ class Prefill:
         block_table: Tensor,
         device: torch.device,
         num_decodes: int = 0,
+        max_tokens: int = _GRAPH_TOKENS,
     ) -> None:
-        """num_decodes: most decodes beside the chunks of a step."""
+        """num_decodes: most decodes beside the chunks of a step. max_tokens: most tokens of a step."""
         self._num_decodes = num_decodes
         self._layers, self._config = layers, config
         self._block_table, self._device = block_table, device
         self._graphs: dict[tuple[int, bool], _Step] = {}  # of so many tokens, with decodes among them or not
-        self._graph_x = torch.empty(_GRAPH_TOKENS, config.hidden_size, device=device)
+        self._graph_tokens = min(max_tokens, _GRAPH_TOKENS)
+        self._graph_x = torch.empty(_padded(self._graph_tokens), config.hidden_size, device=device)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def forward(self, chunks: Sequence[Chunk], first_ids: Tensor | None = None) -> Tensor:
@@ -88,7 +90,7 @@ class Prefill:
         """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed."""
         if self._device.type != "cuda":
             return
-        sizes = sorted({_padded(n) for n in range(1, _GRAPH_TOKENS + 1)}, reverse=True)
+        sizes = sorted({_padded(n) for n in range(1, self._graph_tokens + 1)}, reverse=True)
         kinds = [(n, False) for n in sizes]
         if self._num_decodes:
             kinds += [(n, True) for n in sizes if n <= DIRECT_TOKENS]
@@ -169,4 +171,4 @@ def _num_tiles(chunks: Sequence[Chunk], tile: int) -> int:
 
 def padded_tokens(num_tokens: int) -> int:
     """That are in memory at once for chunks of so many tokens; the graphs have memory of their own."""
-    return _padded(num_tokens) + _padded(_GRAPH_TOKENS)
+    return _padded(num_tokens) + _padded(min(num_tokens, _GRAPH_TOKENS))

@@ -94,15 +94,20 @@ class CudaModelRunner:
             layers, shape, self.rows, self.device, takes_all=not is_fused, has_drafts=max_drafts > 0
         )
         num_joint = min(_JOINT_DECODES, config.max_num_seqs) if self.batch.takes_rows(MIN_ROWS) else 0
-        self.prefill = Prefill(layers, shape, self.rows.block_table, self.device, num_joint)
+        self.prefill = Prefill(
+            layers, shape, self.rows.block_table, self.device, num_joint, self.token_budget
+        )
         self.info = _describe(config, checkpoint, weights, self.max_model_len)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is not None:
             torch.cuda.synchronize()  # what was made on the default stream is there
 
     @torch.inference_mode()
-    def launch(self, output: SchedulerOutput) -> Ticket:
-        """Queue a step; nothing is waited for."""
+    def launch(self, output: SchedulerOutput) -> Ticket | Layout:
+        """Queue a step; nothing is waited for.
+
+        Where a mask depends on a token in flight, nothing is sampled: the layout is to go to `sample_late`.
+        """
         with torch.cuda.stream(self._stream):
             for request_id in output.preempted_ids:
                 self.forget(request_id)
@@ -113,6 +118,10 @@ class CudaModelRunner:
             if not goes_on:
                 self.rows.load(layout)
             self.rows.note(layout)
+            if any(p.request.grammar and p.request.num_pending_tokens for p in layout.sampled):
+                self._forward_lanes(layout, goes_on)
+                return layout
+            self.rows.load_masks(layout)
             if joins:
                 self._run_jointly(layout)
                 return read_out(layout, self.rows, {})
@@ -120,8 +129,23 @@ class CudaModelRunner:
             prompt_logprobs = self._run_chunks(layout)
             return read_out(layout, self.rows, prompt_logprobs)
 
-    def collect(self, ticket: Ticket) -> StepResult:
+    def can_sample_late(self, num_decodes: int) -> bool:
+        """Whether so many decodes are one pass, whose logits stay where they are until they are sampled."""
+        return num_decodes <= (DIRECT_TOKENS if self.batch.takes_rows(num_decodes) else MAX_TOKENS)
+
+    @torch.inference_mode()
+    def sample_late(self, ticket: Ticket | Layout) -> Ticket:
+        """Queue masks and sampling of a step that was launched without them."""
+        if isinstance(ticket, Ticket):
+            return ticket
+        with torch.cuda.stream(self._stream):
+            self.rows.load_masks(ticket)
+            self._sample_lanes(ticket)
+            return read_out(ticket, self.rows, {})
+
+    def collect(self, ticket: Ticket | Layout) -> StepResult:
         """Wait for a step's results. Raises EngineDeadError if the GPU does not deliver them."""
+        assert isinstance(ticket, Ticket), "it was not sampled"
         return collect(ticket)
 
     def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
@@ -175,7 +199,8 @@ class CudaModelRunner:
         if self.batch.takes(layout):
             parts = [p for lane in layout.lanes for p in lane if p.is_sampled]
             has_logprobs = _want_logprobs(parts)
-            self.batch.run(
+            run = self.batch.run_masked if _have_masks(parts) else self.batch.run
+            run(
                 len(layout.lanes),
                 mode_of(parts),
                 has_logprobs=has_logprobs,
@@ -184,14 +209,32 @@ class CudaModelRunner:
             )
             return
         for i, lane in enumerate(layout.lanes):
-            sampled = [p for p in lane if p.is_sampled]
-            self.decode.run(
-                i,
-                num_tokens_of(lane),
-                mode_of(sampled),
-                has_logprobs=_want_logprobs(sampled),
-                goes_on=goes_on,
-            )
+            sampled, num_tokens = [p for p in lane if p.is_sampled], num_tokens_of(lane)
+            mode, has_logprobs = mode_of(sampled), _want_logprobs(sampled)
+            if _have_masks(sampled):
+                self.decode.forward(i, num_tokens, goes_on=goes_on)
+                self.decode.sample_masked(i, num_tokens, mode, has_logprobs=has_logprobs)
+            else:
+                self.decode.run(i, num_tokens, mode, has_logprobs=has_logprobs, goes_on=goes_on)
+
+    def _forward_lanes(self, layout: Layout, goes_on: bool) -> None:
+        """The logits of decodes that are one pass and no chunks; see `can_sample_late`."""
+        assert not layout.chunks
+        if self.batch.takes(layout):
+            is_shared = self.batch.is_shared(layout)
+            self.batch.forward(len(layout.lanes), goes_on=goes_on, is_shared=is_shared)
+        else:
+            [lane] = layout.lanes
+            self.decode.forward(0, num_tokens_of(lane), goes_on=goes_on)
+
+    def _sample_lanes(self, layout: Layout) -> None:
+        """Sample behind `_forward_lanes`, by the masks."""
+        mode, has_logprobs = mode_of(layout.sampled), _want_logprobs(layout.sampled)
+        if self.batch.takes(layout):
+            self.batch.sample_masked(len(layout.lanes), mode, has_logprobs=has_logprobs)
+        else:
+            [lane] = layout.lanes
+            self.decode.sample_masked(0, num_tokens_of(lane), mode, has_logprobs=has_logprobs)
 
     def _run_chunks(self, layout: Layout) -> dict[str, Tensor]:
         """Compute the chunks and sample those that end their prompts; prompt logprobs by request id."""
@@ -218,7 +261,9 @@ class CudaModelRunner:
         hidden = self.prefill.forward(chunks, self.rows.token_ids[: len(decodes)])
         for i, lane in enumerate(layout.lanes):
             own = hidden[i * MAX_TOKENS :][: len(lane)]  # lanes of single tokens are full but for the last
-            self.decode.sample_hidden(i, own, mode_of(lane), has_logprobs=_want_logprobs(lane))
+            self.decode.sample_hidden(
+                i, own, mode_of(lane), has_logprobs=_want_logprobs(lane), has_masks=_have_masks(lane)
+            )
         self._sample_chunks(layout, hidden[len(decodes) :])
 
     def _sample_chunks(self, layout: Layout, hidden: Tensor) -> dict[str, Tensor]:
@@ -240,6 +285,7 @@ class CudaModelRunner:
                 torch.stack([hidden[row] for row in last[i : i + MAX_TOKENS]]),
                 mode_of(group),
                 has_logprobs=_want_logprobs(group),
+                has_masks=_have_masks(group),
             )
         return prompt_logprobs
 
@@ -265,6 +311,10 @@ class CudaModelRunner:
 
 def _want_logprobs(parts: Sequence[ScheduledRequest]) -> bool:
     return any(p.request.params.logprobs is not None for p in parts)
+
+
+def _have_masks(parts: Sequence[ScheduledRequest]) -> bool:
+    return any(p.request.grammar is not None for p in parts)
 
 
 def _check_machine(config: EngineConfig, device: torch.device) -> None:

@@ -61,7 +61,7 @@ def test_warm_up_leaves_nothing_behind(model_dir, device):
 
 
 def test_where_steps_have_a_target_chunks_are_profiled(model_dir, device):
-    core = core_of(model_dir, device, step_target_s=0.01)
+    core = core_of(model_dir, device, step_target_s=0.01, token_budget=512)
     core.warm_up()
     profile = core.scheduler.pacer.profile
     assert (list(profile)[:9], max(profile)) == ([32, 64, 96, 128, 160, 192, 224, 256, 320], 512)
@@ -77,7 +77,7 @@ def device(request, monkeypatch) -> str:
 
 
 def core_of(model_dir: Path, device: str, **overrides) -> EngineCore:
-    values = {"dtype": "auto", "max_num_seqs": 24, "token_budget": 512, "speculative_tokens": 0, **overrides}
+    values = {"dtype": "auto", "max_num_seqs": 24, "token_budget": 256, "speculative_tokens": 0, **overrides}
     # e4m3 products shift logits by more than a tie; what they cost is measured elsewhere.
     values["prefill_precision"] = "bf16"
     core = make_core(model_dir, device="cuda" if device == "cuda" else "cpu", **values)
@@ -176,7 +176,7 @@ def test_alone_and_in_a_batch_of_64(model_dir, reference, device):
 
 @pytest.mark.parametrize("lengths", [(100,), (5, 30), (12,), (250,)])
 def test_decodes_beside_few_prompt_tokens_are_one_pass(model_dir, reference, device, lengths, monkeypatch):
-    core = core_of(model_dir, device, enable_prefix_caching=False, num_blocks=128)
+    core = core_of(model_dir, device, enable_prefix_caching=False, num_blocks=128, token_budget=512)
     given = requests(18, longest=40)
     rng = random.Random(3)
     late = {
