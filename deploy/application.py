@@ -41,6 +41,7 @@ def build(
     from serving.autoscaling_policy import autoscaling_config
     from serving.dispatch.deployment import build_router
     from serving.replica import build_deployment, start_async_engine
+    from serving.tenants.deployment import build_ledger
 
     cluster = config.cluster
     deployment = build_deployment(config.serving, ray_environment.drain_s(config)).options(
@@ -52,13 +53,21 @@ def build(
         ray_actor_options={"num_cpus": 0.1, "num_gpus": 1 if on_gpu else 0},
     )
     # Ray would take every deployment for a change of code and replace all replicas, also to scale.
-    deployment._version = _version_of(config.engine, config.serving, config.telemetry, has_router)
+    deployment._version = _version_of(
+        config.engine, config.serving, config.telemetry, config.tenants, has_router
+    )
+    ledger = None
+    if config.tenants.is_on:
+        ledger = build_ledger(config.tenants, config.telemetry)
+        ledger._bound_deployment._version = _version_of(config.tenants, config.telemetry)
     bound = deployment.bind(
         config.engine,
         config.serving,
         factory or start_async_engine,
         has_router=has_router,
         telemetry=config.telemetry,
+        tenants=config.tenants,
+        ledger=ledger,
     )
     if has_router:
         router = build_router(

@@ -1,4 +1,4 @@
-"""The YAML configuration: six sections, each key checked, unknown ones refused with the nearest valid."""
+"""The YAML configuration: seven sections, each key checked, unknown ones refused with the nearest valid."""
 
 import dataclasses
 import difflib
@@ -15,8 +15,10 @@ from serving import (
     RoutingSettings,
     ServingSettings,
     TelemetrySettings,
+    TenantSettings,
     TraceSettings,
 )
+from serving.tenants.directory import TenantFileError, check_tiers
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -57,22 +59,28 @@ class PeregrineConfig:
     cluster: ClusterSettings
     logs: LogSettings = dataclasses.field(default_factory=LogSettings)
     traces: TraceSettings = dataclasses.field(default_factory=TraceSettings)
+    tenants: TenantSettings = dataclasses.field(default_factory=TenantSettings)
 
     @property
     def telemetry(self) -> TelemetrySettings:
         return TelemetrySettings(logs=self.logs, traces=self.traces)
 
 
-_SECTIONS = ("engine", "serving", "routing", "cluster", "logs", "traces")
+_SECTIONS = ("engine", "serving", "routing", "cluster", "logs", "traces", "tenants")
 
 
 def load_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
     """Read a YAML file (None: all defaults) and lay the overrides, by section, over it.
 
+    Tenants that stand in it are read again from it whenever it changes; all else is read once.
+
     Raises:
         ConfigError: the file is unreadable, a key is unknown, or a value is not allowed.
     """
-    return config_from(read_sections(path) if path else {}, overrides)
+    config = config_from(read_sections(path) if path else {}, overrides)
+    if path is None or not config.tenants.members:
+        return config
+    return dataclasses.replace(config, tenants=config.tenants.model_copy(update={"file": path.resolve()}))
 
 
 def config_from(raw: dict[str, Any], overrides: dict[str, dict[str, Any]] | None = None) -> PeregrineConfig:
@@ -86,14 +94,21 @@ def config_from(raw: dict[str, Any], overrides: dict[str, dict[str, Any]] | None
             raise ConfigError(f"{name}: must be a mapping of keys to values")
         sections[name] = {**value, **(overrides or {}).get(name, {})}
     engine = {"model": DEFAULT_MODEL, **sections["engine"]}
-    return PeregrineConfig(
+    config = PeregrineConfig(
         engine=_build(EngineConfig, engine, "engine"),
         serving=_build(ServingSettings, sections["serving"], "serving"),
         routing=_build(RoutingSettings, sections["routing"], "routing"),
         cluster=_build(ClusterSettings, sections["cluster"], "cluster"),
         logs=_build(LogSettings, sections["logs"], "logs"),
         traces=_build(TraceSettings, sections["traces"], "traces"),
+        tenants=_build(TenantSettings, sections["tenants"], "tenants"),
     )
+    try:
+        for name, tenant in config.tenants.members.items():
+            check_tiers(name, tenant, config.serving.tiers)
+    except TenantFileError as error:
+        raise ConfigError(str(error)) from None
+    return config
 
 
 def read_sections(path: Path) -> dict[str, Any]:
@@ -130,7 +145,8 @@ def _build(kind: Any, values: dict[str, Any], section: str) -> Any:
             raise ConfigError(f"{section}.{cause}") from None
         path = ".".join(str(part) for part in (section, *first["loc"]))
         # A key that is written wrongly is a key all the same.
-        given = "" if path.startswith("serving.api_keys") else f", got {first['input']!r}"
+        is_secret = path.startswith(("serving.api_keys", "tenants.members"))
+        given = "" if is_secret else f", got {first['input']!r}"
         raise ConfigError(f"{path}: {first['msg']}{given}") from None
 
 

@@ -4,6 +4,7 @@ from serving.autoscaling import AutoscalingSettings
 from serving.dispatch.settings import RoutingSettings
 from serving.settings import ServingSettings
 from serving.telemetry.settings import LogSettings, TelemetrySettings, TraceSettings
+from serving.tenants.settings import TenantSettings
 
 __all__ = [
     "AutoscalingSettings",
@@ -11,5 +12,6 @@ __all__ = [
     "RoutingSettings",
     "ServingSettings",
     "TelemetrySettings",
+    "TenantSettings",
     "TraceSettings",
 ]

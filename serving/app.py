@@ -15,6 +15,7 @@ from serving.middleware import FrontDoor
 from serving.state import ReplicaState, package_version
 from serving.status.board import Peers, StatusBoard
 from serving.status.routes import status_router
+from serving.tenants.routes import usage_router
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
@@ -41,6 +42,8 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peer
         app.include_router(anthropic_router(state))
     for router in (chat_router, completions_router, tokens_router, operations_router):
         app.include_router(router(state, _RESPONSES))
+    if state.gate is not None:
+        app.include_router(usage_router(state.gate, _RESPONSES))
     if state.settings.status_page:
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)

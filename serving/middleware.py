@@ -21,6 +21,7 @@ from serving.dispatch.reporter import Flight
 from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
 from serving.telemetry.exchange import CLIENT_GONE, UNKNOWN_ROUTE, Exchange
+from serving.tenants.visit import Visit
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _INSANE = re.compile(rb"[^A-Za-z0-9._-]")
@@ -29,8 +30,9 @@ _NEEDS_KEY = ("/v1", "/tokenize", "/detokenize")
 
 
 class FrontDoor:
-    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), `exchange`, `flight` and `answer_error`
-    (a failure as a response in the form of the API that the request speaks), once.
+    """Stamps `scope["state"]` with `arrival_time` (time.monotonic()), `exchange`, `flight`, `answer_error`
+    (a failure as a response in the form of the API that the request speaks) and `visit` (what its caller may
+    do), once.
 
     `exchange` is filled on the way and handed to the state's observers when the last byte is gone.
     `flight` is the request in its router's books, None if no router sent it; whatever becomes of the request,
@@ -59,10 +61,11 @@ class FrontDoor:
         exchange.trace_headers = _decoded(headers, _TRACE_HEADERS)
         if flight is not None:
             exchange.routing = _decoded(headers, (ROUTE, DECIDED))
-        answer_error, added_headers = self._forms(scope["path"], headers, request_id)
-        scope.setdefault("state", {}).update(
-            arrival_time=arrival, flight=flight, exchange=exchange, answer_error=answer_error
-        )
+        is_anthropic = speaks_anthropic(scope["path"], headers)
+        answer_error, added_headers = self._forms(is_anthropic, request_id)
+        visit = Visit()
+        state = scope.setdefault("state", {})
+        state.update(arrival_time=arrival, flight=flight, exchange=exchange, answer_error=answer_error)
 
         has_begun = False
 
@@ -75,11 +78,15 @@ class FrontDoor:
                 if flight is not None:
                     route = flight.explain(self._state.replica).encode("latin-1", "replace")
                     added.append((PEREGRINE_ROUTE.encode(), route))
+                limits = visit.headers(is_anthropic=is_anthropic)
+                added += [(name.encode(), value.encode()) for name, value in limits.items()]
                 message["headers"] = [*message.get("headers", []), *added]
+            elif not message.get("more_body", False):
+                visit.leave()  # before the client can know of the end, and ask for its next request
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers)
+            state["visit"] = visit = self._visit(scope["path"], headers, exchange)
             self._check_length(headers)
             await self._app(scope, self._limited(receive), send_noting_status)
         except ApiError as error:
@@ -97,6 +104,7 @@ class FrontDoor:
                 raise
             await answer_error(told)(scope, receive, send_noting_status)
         finally:
+            visit.leave()
             if flight is not None:  # no news where the route has told its end already
                 flight.ended("failed" if exchange.status >= 500 else "aborted")
             route = scope.get("route")
@@ -107,11 +115,11 @@ class FrontDoor:
             self._state.observe(exchange)
 
     def _forms(
-        self, path: str, headers: dict[bytes, bytes], request_id: bytes
+        self, is_anthropic: bool, request_id: bytes
     ) -> tuple[Callable[[ApiError], Response], list[tuple[bytes, bytes]]]:
         """How the request's API tells a failure, and the headers that every response to it has."""
         added = [(b"x-request-id", request_id)] if self._answers_with_id else []
-        if not speaks_anthropic(path, headers):
+        if not is_anthropic:
             return ApiError.response, added
         added.append((b"request-id", request_id))
         return functools.partial(anthropic_response, request_id=request_id.decode()), added
@@ -122,9 +130,11 @@ class FrontDoor:
         text = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers.items()}
         return self._state.links.flight(text, arrival)
 
-    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or not path.startswith(_NEEDS_KEY):
-            return
+    def _visit(self, path: str, headers: dict[bytes, bytes], exchange: Exchange) -> Visit:
+        """Raises ApiError 401 without a key that is known, where keys are asked for."""
+        gate = self._state.gate
+        if not (self._keys or gate) or not path.startswith(_NEEDS_KEY):
+            return Visit()
         given = _key(headers)
         if not given:
             raise ApiError(
@@ -134,13 +144,16 @@ class FrontDoor:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         # Every key is compared, so that the time taken says nothing about which one came close.
-        if not sum(hmac.compare_digest(given, key) for key in self._keys):
-            raise ApiError(
-                401,
-                "Incorrect API key provided.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if sum(hmac.compare_digest(given, key) for key in self._keys):
+            return Visit()
+        if gate is not None and (visit := gate.visit(given, exchange)) is not None:
+            return visit
+        raise ApiError(
+            401,
+            "Incorrect API key provided.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")

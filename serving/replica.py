@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
@@ -31,6 +32,9 @@ from serving.telemetry import tracing
 from serving.telemetry.access_log import AccessLog
 from serving.telemetry.logs import LogWriter
 from serving.telemetry.settings import TelemetrySettings
+from serving.tenants.deployment import create_gate
+from serving.tenants.directory import Directory
+from serving.tenants.settings import TenantSettings
 
 if TYPE_CHECKING:  # the SDK, which is loaded only where spans are made
     from serving.telemetry.spans import SpanWriter
@@ -44,6 +48,7 @@ _HEALTH_CHECK_MARGIN_S = 5.0
 # rest.
 _CHUNK_TOKENS = 512
 _PEERS_TIMEOUT_S = 1.5
+_LEDGER_WAIT_S = 10.0
 
 
 async def start_async_engine(config: EngineConfig) -> InferenceEngine:
@@ -65,14 +70,19 @@ class Replica:
         *,
         has_router: bool = False,
         telemetry: TelemetrySettings = TelemetrySettings(),  # noqa: B008  # frozen
+        tenants: TenantSettings = TenantSettings(),  # noqa: B008  # frozen
+        ledger: DeploymentHandle | None = None,
     ) -> None:
         """has_router: a proxy in front vouches for the router's headers; without one nobody does, and they
         are ignored.
+        ledger: of the tenants; None where there are none.
         """
-        replica_id = serve.get_replica_context().replica_id
+        context = serve.get_replica_context()
+        replica_id = context.replica_id
+        directory = None if ledger is None else Directory(tenants, settings.tiers)
         self._config = config
         self._log_writer = LogWriter(telemetry.logs)
-        recorder = Recorder(settings.tiers)
+        recorder = Recorder(settings.tiers, () if directory is None else directory.names)
         self._exporter = Exporter(settings.metrics, recorder.registry)
         self._name = replica_id.to_full_id_str()
         self._links = RouterLinks(self._hello, self._report, recorder) if has_router else None
@@ -84,6 +94,11 @@ class Replica:
         self._span_writer = self._observe(telemetry)
         self._engine = await factory(config)
         self._describe(recorder)
+        if ledger is not None and directory is not None:
+            model, num_replicas = self._engine.model.name, max(1, context.world_size)
+            gate = create_gate(ledger, tenants, directory, recorder, self._name, model, num_replicas)
+            await gate.start(_LEDGER_WAIT_S)
+            self._state.gate = gate
         self._state.admission.max_num_seqs = config.max_num_seqs
         self._state.ready(self._engine)
         self._publisher = asyncio.create_task(self._state.publish_stats())
@@ -189,6 +204,8 @@ class Replica:
             await self._publisher
         if self._links is not None:
             await self._links.close()
+        if self._state.gate is not None:
+            await self._state.gate.close()
         await self._engine.shutdown()
         self._guard.close()
         if self._span_writer is not None:

@@ -15,6 +15,7 @@ from serving.settings import ServingSettings
 from serving.status.activity import Activity
 from serving.stream_guard import StreamGuard
 from serving.telemetry.exchange import Exchange
+from serving.tenants.gate import Gate
 from serving.tiers import Service
 
 _STATS_PERIOD_S = 0.5
@@ -52,6 +53,8 @@ class ReplicaState:
         self.activity = Activity()
         self.observers: list[Callable[[Exchange], None]] = [self.activity.record]
         """Called in order with every exchange that has ended."""
+        self.gate: Gate | None = None
+        """Where there are tenants; set before the app is made."""
         self.kv_block_tokens = 16
         self.kv_dtype = "auto"
         """As configured."""

@@ -18,6 +18,7 @@ from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import ClientGone, SseResponse, unless_client_leaves
 from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation
+from serving.tenants.visit import Visit
 from serving.tiers import choose_service
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
@@ -36,6 +37,12 @@ class Job:
     created: int
     fingerprint: str
     include_usage: bool
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """Over all choices; None: as many as the model's context holds."""
+        limit = self.params.max_tokens
+        return None if limit is None else limit * self.params.n * len(self.prompts)
 
 
 @dataclass(slots=True)
@@ -118,11 +125,14 @@ async def respond(
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
     flight: Flight | None = request.state.flight
     exchange: Exchange = request.state.exchange
+    visit: Visit = request.state.visit
+    visit.check_model(model)
     if state.links is not None and (wait_s := refusal_wait_s(request.headers)) is not None:
         state.recorder.record_refusal("router")
         message = "Every replica is full, failing or leaving; retry later."
         raise overloaded(message, max(state.settings.retry_after_s, math.ceil(wait_s)))
-    service = choose_service(state.settings.tiers, service_tier, request.headers, arrival)
+    service = choose_service(state.settings.tiers, visit.tier(service_tier), request.headers, arrival)
+    visit.check_tier(service.tier)
     made = exchange.generation = Generation(operation, model, service.tier, service.ttft_s, is_stream)
     if state.keeps_prompts:
         made.prompt = prompt
@@ -131,6 +141,7 @@ async def respond(
         num_tokens = sum(map(len, job.prompts))
         made.response_id, made.params, made.num_prompt_tokens = job.request_id, job.params, num_tokens
         state.admission.check_deadline(service, num_tokens)
+        await visit.admit(num_tokens, job.max_output_tokens)
         made.queued_s = time.monotonic()
         outputs = state.admission.watch(
             generate_all(engine, job.prompts, job.params, job.request_id, arrival, service.urgency),

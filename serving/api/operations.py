@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from serving.schemas import Health, ModelCard, ModelList, Stats, Version
 from serving.state import ReplicaState, package_version
+from serving.tenants.visit import Visit
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -20,14 +21,17 @@ def operations_router(state: ReplicaState, responses: dict[int | str, dict[str, 
         return ModelCard(id=model.name, created=state.created, max_model_len=model.max_model_len)
 
     @router.get("/v1/models", tags=["models"], responses=responses)
-    async def list_models() -> ModelList:
-        """The models that this server has."""
-        return ModelList(data=[card()])
+    async def list_models(request: Request) -> ModelList:
+        """The models that this server has, and the caller may use."""
+        visit: Visit = request.state.visit
+        return ModelList(data=[model for model in (card(),) if visit.may_use(model.id)])
 
     @router.get("/v1/models/{model:path}", tags=["models"], responses=responses)
-    async def retrieve_model(model: str) -> ModelCard:
+    async def retrieve_model(request: Request, model: str) -> ModelCard:
         """One model; its name may contain slashes."""
         state.check_model(model)
+        visit: Visit = request.state.visit
+        visit.check_model(model)
         return card()
 
     @router.get("/health", tags=["operations"], responses=responses)

@@ -33,6 +33,7 @@ class Generation:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    """So far, while outputs come."""
     finish_reasons: list[str] = field(default_factory=list)
     """One for each choice that has ended."""
     is_complete: bool = False
@@ -43,6 +44,7 @@ class Generation:
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
             self.first_scheduled_s = output.first_scheduled_s
+        self.num_output_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self.finish_reasons.append(output.finish_reason)
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from deploy.cluster import running_cluster, started
 from deploy.config import load_config
@@ -49,10 +50,12 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--max-num-seqs", type=int, default=64, help="of each replica (all but timed)")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--config", type=Path, help="what else is configured")
+    parser.add_argument("--log", type=argparse.FileType("w"), help="gets the log lines of all processes")
     options = parser.parse_args()
     double = {"model": "double", "served_model_name": "double"} if options.engine != "real" else {}
     config = load_config(
-        None,
+        options.config,
         {
             "engine": {"max_num_seqs": options.max_num_seqs, **double},
             "routing": {"policy": options.policy},
@@ -63,7 +66,11 @@ def main() -> None:
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     factory = DOUBLES.get(options.engine)
-    cluster = started(config, factory=factory) if factory else running_cluster(config)
+    cluster = (
+        started(config, factory=factory, log_to=options.log)
+        if factory
+        else running_cluster(config, options.log)
+    )
     with cluster as url:
         print(f"ready {url}", flush=True)
         signal.sigwait(signals)
