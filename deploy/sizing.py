@@ -18,7 +18,8 @@ from engine.cuda.layers import workspace_bytes
 from engine.cuda.prefill import padded_tokens
 from engine.cuda.random_model import RandomModel
 from engine.model_runner import DEFAULT_TOKEN_BUDGET, GPU_MEMORY_SHARE
-from engine.models.config import ModelConfig, from_hf_config
+from engine.models.config import ModelConfig
+from engine.models.hf_config import from_hf_config
 from engine.models.shapes import SHAPES
 from kernels import kv_cache
 

@@ -71,6 +71,20 @@ class Runner(Protocol):
         """Wait for a launched step."""
         ...
 
+    def can_sample_late(self, num_decodes: int) -> bool:
+        """Whether a step of so many decodes can be launched while the masks of its tokens are not known.
+
+        Asked only where the runner `runs_ahead`.
+        """
+        ...
+
+    def sample_late(self, ticket: Any) -> Any:
+        """Sample a launched step whose requests' grammars have meanwhile come to where it stands.
+
+        Only then can its results be collected. A ticket of any other step comes back as it is.
+        """
+        ...
+
     def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
         """Whether such a step takes as long as a chunk of all its tokens; else decodes and chunks add up."""
         ...
@@ -150,6 +164,12 @@ class ModelRunner:
     def collect(self, ticket: StepResult) -> StepResult:
         return ticket
 
+    def can_sample_late(self, num_decodes: int) -> bool:
+        return False
+
+    def sample_late(self, ticket: StepResult) -> StepResult:
+        return ticket
+
     def is_joint(self, num_decodes: int, num_prompt_tokens: int) -> bool:
         return False
 
@@ -221,7 +241,7 @@ class ModelRunner:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
     def _describe(self, checkpoint: Checkpoint, keep_packed: bool, dtype: torch.dtype) -> ModelInfo:
-        tensors = _weight_tensors(self.model)
+        tensors = list(self.model.weights.tensors())
         packed = keep_packed and not all(isinstance(t, Tensor) for t in tensors)
         return ModelInfo(
             name=self.config.served_model_name or Path(self.config.model).name.removesuffix(".gguf"),
@@ -296,28 +316,9 @@ def accept(
     return kept
 
 
-def _weight_tensors(model: LlamaModel) -> list[kernels.Weight]:
-    weights = model.weights
-    tensors: list[kernels.Weight] = [weights.embedding, weights.final_norm]
-    if weights.head is not weights.embedding:
-        tensors.append(weights.head)
-    for attention, ffn in weights.layers:
-        tensors += [attention.qkv, attention.o, ffn.gate_up, ffn.down]
-        norms = (
-            attention.norm,
-            attention.q_norm,
-            attention.k_norm,
-            attention.post_norm,
-            ffn.norm,
-            ffn.post_norm,
-        )
-        biases = (attention.qkv_bias, attention.o_bias, ffn.gate_up_bias, ffn.down_bias)
-        tensors += [t for t in (*norms, *biases) if t is not None]
-    return tensors
-
-
 def _runs_natively(model: LlamaModel) -> bool:
-    matrices = [w for attention, ffn in model.weights.layers for w in (attention.qkv, ffn.gate_up)]
+    weights = model.weights
+    matrices = [w for a, ffn in weights.layers for w in (a.qkv, *weights.ffn_matrices(ffn))]
     return kernels.backend_name() == "native" and not any(isinstance(w, Tensor) for w in matrices)
 
 

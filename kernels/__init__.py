@@ -21,18 +21,31 @@ from kernels.formats import (
     StackedWeight,
     dequantize,
     pack,
+    select_rows,
     stack,
+    take_row_range,
     unpack,
 )
 from kernels.gguf_formats import from_gguf
-from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+from kernels.types import (
+    AttentionMetadata,
+    AttentionWeights,
+    ExpertWeights,
+    FeedForward,
+    FFNWeights,
+    MoEWeights,
+    Weight,
+)
 
 __all__ = [
     "AttentionMetadata",
     "AttentionWeights",
+    "ExpertWeights",
     "FFNWeights",
+    "FeedForward",
     "Format",
     "IntegerWeight",
+    "MoEWeights",
     "PackedWeight",
     "StackedWeight",
     "Weight",
@@ -46,7 +59,9 @@ __all__ = [
     "linear",
     "logits",
     "pack",
+    "select_rows",
     "set_num_threads",
     "stack",
+    "take_row_range",
     "unpack",
 ]

@@ -9,7 +9,7 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels import reference
-from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+from kernels.types import AttentionMetadata, AttentionWeights, FeedForward, MoEWeights, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def attention_block(
 
 def decoder_layers(
     x: Tensor,
-    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    layers: Sequence[tuple[AttentionWeights, FeedForward]],
     caches: Sequence[tuple[Tensor, Tensor]],
     metadata: AttentionMetadata,
 ) -> None:
@@ -72,9 +72,12 @@ def decoder_layers(
         ffn_block(x, ffn)
 
 
-def ffn_block(x: Tensor, weights: FFNWeights) -> None:
-    """See `reference.ffn_block`."""
-    (_native_for(x) or reference).ffn_block(x, weights)
+def ffn_block(x: Tensor, weights: FeedForward) -> None:
+    """See `reference.ffn_block` and `reference.moe_block`."""
+    if isinstance(weights, MoEWeights):
+        reference.moe_block(x, weights, linear)
+    else:
+        (_native_for(x) or reference).ffn_block(x, weights)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

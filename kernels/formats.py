@@ -125,6 +125,16 @@ class IntegerWeight:
         scale, offset = self.affine()
         return scale * self.codes + offset
 
+    def rows(self, index: Tensor) -> "IntegerWeight":
+        """The matrix of these rows, by index [R]."""
+        return IntegerWeight(
+            self.format,
+            self.codes[index],
+            self.scale[index],
+            None if self.offset is None else self.offset[index],
+            None if self.row_scale is None else self.row_scale[index],
+        )
+
     def affine(self) -> tuple[Tensor, Tensor]:
         """float32 scale and offset of every column, [N, K] each: W = scale * u + offset."""
         f, k = self.format, self.codes.shape[1]
@@ -259,20 +269,25 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight | StackedWeight:
     return StackedWeight(tuple(weights))
 
 
+def select_rows(weight: PackedWeight, index: Tensor) -> PackedWeight:
+    """The packed matrix of these rows, by index [R]: the same values in another order or number."""
+    return pack(unpack(weight).rows(index))
+
+
+def take_row_range(weight: PackedWeight, first: int, count: int) -> PackedWeight:
+    """The packed matrix of rows [first, first + count): a view where they are whole row blocks."""
+    if first % TILE_ROWS == 0 and (count % TILE_ROWS == 0 or first + count == weight.n):
+        blocks = slice(first // TILE_ROWS, -(-(first + count) // TILE_ROWS))
+        return replace(weight, n=count, data=weight.data[blocks])
+    return select_rows(weight, torch.arange(first, first + count))
+
+
 def take_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
     """Dequantized rows, float32 [R, K], for row indices [R] (an embedding lookup)."""
     # Only the touched row blocks are unpacked, as a matrix of their own.
     picked = replace(weight, n=len(rows) * TILE_ROWS, data=weight.data[rows // TILE_ROWS])
     index = torch.arange(len(rows), device=rows.device) * TILE_ROWS + rows % TILE_ROWS
-    whole = unpack(picked)
-    of_row = IntegerWeight(
-        whole.format,
-        whole.codes[index],
-        whole.scale[index],
-        None if whole.offset is None else whole.offset[index],
-        None if whole.row_scale is None else whole.row_scale[index],
-    )
-    return of_row.dequantize()
+    return unpack(picked).rows(index).dequantize()
 
 
 def _spread(values: Tensor, width: int, k: int) -> Tensor:

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.formats import PackedWeight, dequantize, take_rows
-from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+from kernels.types import AttentionMetadata, AttentionWeights, ExpertWeights, FFNWeights, MoEWeights, Weight
+
+Linear = Callable[[Tensor, Weight, Tensor | None], Tensor]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -45,6 +47,7 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of query [T, heads, head_dim] over the cache, float32 [T, heads, head_dim]."""
     num_heads, num_kv_heads = query.shape[1], k_cache.shape[1]
@@ -59,7 +62,7 @@ def paged_attention(
         keys, values = (t.repeat_interleave(num_heads // num_kv_heads, dim=0) for t in (keys, values))
         distance = metadata.positions[begin:end, None] - torch.arange(seq_len, device=query.device)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        scores = query[begin:end].transpose(0, 1).float() @ keys.transpose(1, 2) * scale
+        scores = soft_cap(query[begin:end].transpose(0, 1).float() @ keys.transpose(1, 2) * scale, softcap)
         probs = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
         out[begin:end] = (probs @ values).transpose(0, 1)
     return out
@@ -84,17 +87,41 @@ def attention_block(
     cos, sin = w.cos[positions], w.sin[positions]
     query, keys = apply_rope(query, cos, sin), apply_rope(keys, cos, sin)
     append_kv(keys, values, k_cache, v_cache, metadata.slot_mapping)
-    out = paged_attention(query, k_cache, v_cache, metadata, w.scale, w.window)
+    out = paged_attention(query, k_cache, v_cache, metadata, w.scale, w.window, w.softcap)
     add_projection(x, linear(out.flatten(1), w.o, w.o_bias), w.post_norm, w.eps)
 
 
-def ffn_block(
-    x: Tensor, weights: FFNWeights, linear: Callable[[Tensor, Weight, Tensor | None], Tensor] = linear
-) -> None:
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap); x itself without a cap."""
+    return x if cap is None else (x / cap).tanh() * cap
+
+
+def ffn_block(x: Tensor, weights: FFNWeights, linear: Linear = linear) -> None:
     """x [T, hidden] += down(act(gate(norm(x))) * up(norm(x))), in place (Shazeer 2020)."""
     w = weights
     gate, up = linear(rms_norm(x, w.norm, w.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
     add_projection(x, linear(activate(gate, w.activation) * up, w.down, w.down_bias), w.post_norm, w.eps)
+
+
+def moe_block(x: Tensor, weights: MoEWeights, linear: Linear = linear) -> None:
+    """x [T, hidden] += each token's experts' outputs by their shares, in place, expert by expert."""
+    normed = rms_norm(x, weights.norm, weights.eps)
+    share, chosen = route(normed, weights.router, weights.num_experts_per_token)
+    for index in chosen.unique().tolist():
+        token, place = (chosen == index).nonzero(as_tuple=True)
+        out = _expert(normed[token], weights.experts[index], weights.activation, linear)
+        x.index_add_(0, token, (out * share[token, place, None]).to(x.dtype))
+
+
+def route(x: Tensor, router: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Shares, which add up to 1, and indices of each token's experts, both [..., num_experts]."""
+    share, chosen = functional.linear(x, router).softmax(dim=-1).topk(num_experts, dim=-1)
+    return share / share.sum(dim=-1, keepdim=True), chosen
+
+
+def _expert(x: Tensor, expert: ExpertWeights, activation: str, linear: Linear) -> Tensor:
+    gate, up = linear(x, expert.gate_up, None).chunk(2, dim=-1)
+    return linear(activate(gate, activation) * up, expert.down, None)
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:

@@ -17,7 +17,8 @@ class AttentionWeights:
 
     norm: float32 [hidden]. qkv: [(heads + 2 kv_heads) * head_dim, hidden]. o: [hidden, heads * head_dim].
     cos, sin: float32 [max positions, head_dim / 2], for the rotate-half convention. window: keys further
-    back than this many tokens are not seen (None: all are). q_norm, k_norm: float32 [head_dim], RMSNorm
+    back than this many tokens are not seen (None: all are). softcap: c, where scores s (scaled) become
+    c tanh(s / c). q_norm, k_norm: float32 [head_dim], RMSNorm
     over each head before the rotation. post_norm: float32 [hidden], RMSNorm of the block's output before it
     is added to the residual stream.
     """
@@ -38,6 +39,7 @@ class AttentionWeights:
     k_norm: Tensor | None = None
     post_norm: Tensor | None = None
     window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -55,6 +57,34 @@ class FFNWeights:
     down_bias: Tensor | None = None
     post_norm: Tensor | None = None
     activation: Literal["silu", "gelu_tanh"] = "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert: gate_up [2 ffn, hidden], rows of gate, then up; down [hidden, ffn]."""
+
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class MoEWeights:
+    """One block of routed experts (Jiang et al. 2024): each token's FFN is the mean of its best experts'.
+
+    norm: float32 [hidden]. router: float32 [experts, hidden]. num_experts_per_token: how many are taken, by
+    the router's softmax, which weighs them in proportion.
+    """
+
+    norm: Tensor
+    router: Tensor
+    experts: tuple[ExpertWeights, ...]
+    num_experts_per_token: int
+    eps: float
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+
+
+FeedForward = FFNWeights | MoEWeights
+"""What follows a layer's attention."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from engine.checkpoint import open_checkpoint
-from engine.models.config import ModelConfig, RopeConfig, to_hf_config
+from engine.models.config import ModelConfig, RopeConfig
+from engine.models.hf_config import to_hf_config
 from engine.models.layerwise import DecoderLayers, linear_name
 from engine.quantization.candidates import DEFAULT_BITS, candidate_formats
 from engine.quantization.sensitivity import SensitivityAnalysis

@@ -1,6 +1,7 @@
 """Hugging Face directories: config.json, safetensors (one file or shards), tokenizer; packed weights too."""
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import kernels
+from engine.checkpoint.names import StoredTensor, stored_tensor
 from engine.checkpoint.quantized_tensors import quantized_tensors
 from engine.errors import ModelLoadError
-from engine.models.config import ModelConfig, from_hf_config
+from engine.models.config import ModelConfig
+from engine.models.hf_config import from_hf_config
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -46,9 +49,31 @@ class HfCheckpoint:
         return frozenset()
 
     def has(self, name: str) -> bool:
-        return name in self._file_of or (self._quantized is not None and self._quantized.has(name))
+        return self._is_stored(name) or self._is_stored(self._locate(name).name)
 
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
+        """A tensor under the engine's name, which may be what the family's files call it, or rows of that."""
+        where = self._locate(name)
+        if where.num_rows is None or self._is_quantized(where.name):
+            return where.cut(self._stored_tensor(where.name, keep_packed=keep_packed))
+        order = self._row_order(where.name)
+        if order is not None:
+            return where.cut(self._floats(where.name)[order])
+        return self._floats(where.name, slice(where.first_row, where.first_row + where.num_rows))
+
+    def _locate(self, name: str) -> StoredTensor:
+        if self._is_stored(name):  # quantized here: apart, under the engine's names
+            return StoredTensor(name)
+        where = stored_tensor(name, self.config)
+        return replace(where, name=self.config.family.hf_name(where.name))
+
+    def _is_quantized(self, name: str) -> bool:
+        return self._quantized is not None and self._quantized.has(name)
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self._file_of or self._is_quantized(name)
+
+    def _stored_tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
         if self._quantized is not None and self._quantized.has(name):
             try:
                 weight = self._quantized.read(name)
@@ -57,18 +82,25 @@ class HfCheckpoint:
             if isinstance(weight, Tensor) or keep_packed:
                 return weight
             return kernels.dequantize(weight)
-        data = self._raw(name)
+        data, order = self._floats(name), self._row_order(name)
+        return data if order is None else data[order]
+
+    def _row_order(self, name: str) -> Tensor | None:
+        return None if self._quantized is None else self._quantized.row_order(name)
+
+    def _floats(self, name: str, rows: slice | None = None) -> Tensor:
+        data = self._raw(name, rows)
         if not data.is_floating_point():
             raise ModelLoadError(f"{self.directory}: tensor {name} has dtype {data.dtype}, expected floats")
         data = data.to(torch.float32)
         if not torch.isfinite(data).all():
             raise ModelLoadError(f"{self.directory}: tensor {name} holds NaN or infinite values")
-        order = None if self._quantized is None else self._quantized.row_order(name)
-        return data if order is None else data[order]
+        return data
 
-    def _raw(self, name: str) -> Tensor:
+    def _raw(self, name: str, rows: slice | None = None) -> Tensor:
         try:
-            data: Tensor = self._file(name).get_tensor(name)
+            file = self._file(name)
+            data: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelLoadError(f"{self.directory}: tensor {name} is damaged: {error}") from None
         return data

@@ -7,7 +7,8 @@ from torch import Tensor
 
 import kernels
 from engine.errors import ModelLoadError
-from engine.models.config import ModelConfig, from_hf_config
+from engine.models.config import ModelConfig
+from engine.models.hf_config import from_hf_config
 
 RANDOM_BITS_KEY = "peregrine_random_bits"
 """In a config.json: the weights are not there, random ones of so many bits are made up (benchmarks)."""

@@ -54,6 +54,8 @@ class RandomModel:
 
     def device_weights(self, max_model_len: int, device: torch.device) -> DeviceWeights:
         """Weights on the GPU. Raises ModelLoadError for bits outside 2.125 to 8."""
+        if self.config.num_experts:
+            raise ModelLoadError("random weights of routed experts are not made")
         config, generator = self.config, torch.Generator(device=device).manual_seed(0)
         cos, sin = (t.to(device) for t in rope_tables(config, max_model_len))
 

@@ -74,6 +74,10 @@ def load_weights(checkpoint: Checkpoint, max_model_len: int, device: torch.devic
         raise UnsupportedError(f"head_dim {config.head_dim} is not one of {HEAD_DIMS}")
     if config.vocab_size > MAX_VOCAB:
         raise UnsupportedError(f"vocab_size {config.vocab_size} exceeds {MAX_VOCAB}")
+    if config.num_experts:
+        raise UnsupportedError("routed experts have no fused kernel")
+    if config.attention_softcap is not None or config.final_softcap is not None:
+        raise UnsupportedError("soft caps of attention scores or logits are not in the fused kernels")
     loader = WeightLoader(checkpoint, max_model_len, torch.bfloat16, device, keep_packed=True)
     embedding = _convert(loader.embedding(), device, "the embedding")
     if len(embedding.parts) != 1:
@@ -91,8 +95,11 @@ def load_weights(checkpoint: Checkpoint, max_model_len: int, device: torch.devic
     )
 
 
-def _convert_layer(layer: Layer, device: torch.device, name: str) -> Layer:
+def _convert_layer(
+    layer: tuple[kernels.AttentionWeights, kernels.FeedForward], device: torch.device, name: str
+) -> Layer:
     attention, ffn = layer
+    assert isinstance(ffn, kernels.FFNWeights), "refused above"
     q_size, kv_size = (n * attention.head_dim for n in (attention.num_heads, attention.num_kv_heads))
     width = ffn.gate_up.shape[0] // 2 if isinstance(ffn.gate_up, Tensor) else ffn.gate_up.n // 2
 

@@ -10,7 +10,7 @@ from engine.checkpoint.loading import Checkpoint
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, LlamaWeights
-from engine.models.rope import rope_tables
+from engine.models.rope import LayerRopes, rotary_order
 
 
 def build_model(
@@ -42,11 +42,8 @@ class WeightLoader:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         self.dtype, self.device, self.keep_packed = dtype, device, keep_packed
-        cos, sin = rope_tables(self.config, max_model_len)
-        self.rope = self.local_rope = (cos.to(device), sin.to(device))
-        if self.config.local_rope is not None:
-            cos, sin = rope_tables(self.config, max_model_len, self.config.local_rope)
-            self.local_rope = (cos.to(device), sin.to(device))
+        self.ropes = LayerRopes(self.config, max_model_len, device, is_widened=True)
+        self.rotary_order = rotary_order(self.config)
 
     def weights(self) -> LlamaWeights:
         """All of them, on the device."""
@@ -73,8 +70,8 @@ class WeightLoader:
     def final_norm(self) -> Tensor:
         return self._norm("model.norm", self.config.hidden_size)
 
-    def layer(self, index: int) -> tuple[kernels.AttentionWeights, kernels.FFNWeights]:
-        return self._attention(index), self._ffn(index)
+    def layer(self, index: int) -> tuple[kernels.AttentionWeights, kernels.FeedForward]:
+        return self._attention(index), self._experts(index) if self.config.num_experts else self._ffn(index)
 
     def _attention(self, layer: int) -> kernels.AttentionWeights:
         config, prefix = self.config, f"model.layers.{layer}"
@@ -84,8 +81,7 @@ class WeightLoader:
             (f"{prefix}.self_attn.v_proj", config.kv_size),
         ]
         out = [(f"{prefix}.self_attn.o_proj", config.hidden_size)]
-        window = config.window(layer)
-        cos, sin = self.rope if window is None else self.local_rope
+        cos, sin = self.ropes.of(layer)
         has_qk, has_post = config.has_qk_norm, config.has_post_norms
         return kernels.AttentionWeights(
             norm=self._norm(f"{prefix}.input_layernorm", config.hidden_size),
@@ -100,7 +96,8 @@ class WeightLoader:
             cos=cos,
             sin=sin,
             scale=config.attention_scale,
-            window=window,
+            window=config.window(layer),
+            softcap=config.attention_softcap,
             q_norm=self._norm(f"{prefix}.self_attn.q_norm", config.head_dim) if has_qk else None,
             k_norm=self._norm(f"{prefix}.self_attn.k_norm", config.head_dim) if has_qk else None,
             post_norm=self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size)
@@ -110,8 +107,7 @@ class WeightLoader:
 
     def _ffn(self, layer: int) -> kernels.FFNWeights:
         config, prefix = self.config, f"model.layers.{layer}"
-        gate_up = [(f"{prefix}.mlp.{name}_proj", config.intermediate_size) for name in ("gate", "up")]
-        down = [(f"{prefix}.mlp.down_proj", config.hidden_size)]
+        gate_up, down = self._ffn_rows(f"{prefix}.mlp")
         has_post = config.has_post_norms
         norm = "pre_feedforward_layernorm" if has_post else "post_attention_layernorm"
         return kernels.FFNWeights(
@@ -127,6 +123,29 @@ class WeightLoader:
             activation=config.activation,
         )
 
+    def _experts(self, layer: int) -> kernels.MoEWeights:
+        config, prefix = self.config, f"model.layers.{layer}"
+
+        def expert(index: int) -> kernels.ExpertWeights:
+            gate_up, down = self._ffn_rows(f"{prefix}.mlp.experts.{index}")
+            return kernels.ExpertWeights(
+                self._linear(gate_up, config.hidden_size), self._linear(down, config.intermediate_size)
+            )
+
+        return kernels.MoEWeights(
+            norm=self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size),
+            router=self._floats(f"{prefix}.mlp.gate.weight", (config.num_experts, config.hidden_size)),
+            experts=tuple(map(expert, range(config.num_experts))),
+            num_experts_per_token=config.num_experts_per_token,
+            eps=config.rms_norm_eps,
+            activation=config.activation,
+        )
+
+    def _ffn_rows(self, prefix: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        """Modules of gate and up, and of down, with their rows."""
+        gate_up = [(f"{prefix}.{name}_proj", self.config.intermediate_size) for name in ("gate", "up")]
+        return gate_up, [(f"{prefix}.down_proj", self.config.hidden_size)]
+
     def _linear(self, modules: list[tuple[str, int]], in_features: int) -> kernels.Weight:
         """One matrix [sum of rows, in_features] from the modules' rows."""
         parts = [self._matrix(f"{name}.weight", rows, in_features) for name, rows in modules]
@@ -141,17 +160,32 @@ class WeightLoader:
         shape = (weight.n, weight.k) if isinstance(weight, kernels.PackedWeight) else tuple(weight.shape)
         if shape != (rows, columns):
             raise ModelLoadError(f"tensor {name} has shape {shape}, expected {(rows, columns)}")
-        return weight
+        order = self._row_order(name, rows)
+        if order is None:
+            return weight
+        return weight[order] if isinstance(weight, Tensor) else kernels.select_rows(weight, order)
+
+    def _row_order(self, name: str, rows: int) -> Tensor | None:
+        """Where the model reads the rows of a query's or key's projection, or its norm, in another order."""
+        module = name.split(".")[-2]
+        if self.rotary_order is None or module not in ("q_proj", "k_proj", "q_norm", "k_norm"):
+            return None
+        dim = self.config.head_dim
+        return (torch.arange(0, rows, dim)[:, None] + self.rotary_order).flatten()
 
     def _norm(self, name: str, size: int) -> Tensor:
         weight = self._vector(f"{name}.weight", size)
         return weight + self.config.norm_offset if self.config.norm_offset else weight
 
     def _vector(self, name: str, size: int) -> Tensor:
+        weight, order = self._floats(name, (size,)), self._row_order(name, size)
+        return weight if order is None else weight[order.to(self.device)]
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         weight = self.checkpoint.tensor(name, keep_packed=False)
         assert isinstance(weight, Tensor)
-        if tuple(weight.shape) != (size,):
-            raise ModelLoadError(f"tensor {name} has shape {tuple(weight.shape)}, expected {(size,)}")
+        if tuple(weight.shape) != shape:
+            raise ModelLoadError(f"tensor {name} has shape {tuple(weight.shape)}, expected {shape}")
         return weight.to(self.device, torch.float32)
 
     def _bias(self, modules: list[tuple[str, int]]) -> Tensor | None:
@@ -174,10 +208,11 @@ def _move(weight: kernels.Weight, device: torch.device) -> kernels.Weight:
 
 
 def _move_layer(
-    layer: tuple[kernels.AttentionWeights, kernels.FFNWeights], device: torch.device
-) -> tuple[kernels.AttentionWeights, kernels.FFNWeights]:
+    layer: tuple[kernels.AttentionWeights, kernels.FeedForward], device: torch.device
+) -> tuple[kernels.AttentionWeights, kernels.FeedForward]:
     attention, ffn = layer
-    return (
-        replace(attention, qkv=_move(attention.qkv, device), o=_move(attention.o, device)),
-        replace(ffn, gate_up=_move(ffn.gate_up, device), down=_move(ffn.down, device)),
-    )
+    attention = replace(attention, qkv=_move(attention.qkv, device), o=_move(attention.o, device))
+    if isinstance(ffn, kernels.FFNWeights):
+        return attention, replace(ffn, gate_up=_move(ffn.gate_up, device), down=_move(ffn.down, device))
+    experts = (replace(e, gate_up=_move(e.gate_up, device), down=_move(e.down, device)) for e in ffn.experts)
+    return attention, replace(ffn, experts=tuple(experts))

@@ -1,5 +1,6 @@
-"""Llama and its kin: GQA attention and gated FFN blocks over `kernels`' fused ops."""
+"""Llama and its kin: blocks of GQA attention and of gated FFNs, one or routed, over `kernels`' ops."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import kernels
 from engine.models.config import ModelConfig
+from kernels.reference import soft_cap
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +20,31 @@ class LlamaWeights:
     """
 
     embedding: kernels.Weight
-    layers: tuple[tuple[kernels.AttentionWeights, kernels.FFNWeights], ...]
+    layers: tuple[tuple[kernels.AttentionWeights, kernels.FeedForward], ...]
     final_norm: Tensor
     head: kernels.Weight
+
+    def tensors(self) -> Iterator[kernels.Weight]:
+        """All of them but the rotary tables, each once."""
+        yield self.embedding
+        yield self.final_norm
+        if self.head is not self.embedding:
+            yield self.head
+        for a, ffn in self.layers:
+            vectors: list[kernels.Weight | None]
+            yield from (a.qkv, a.o, *self.ffn_matrices(ffn))
+            vectors = [a.norm, a.qkv_bias, a.o_bias, a.q_norm, a.k_norm, a.post_norm, ffn.norm]
+            if isinstance(ffn, kernels.FFNWeights):
+                vectors += [ffn.gate_up_bias, ffn.down_bias, ffn.post_norm]
+            else:
+                vectors.append(ffn.router)
+            yield from (v for v in vectors if v is not None)
+
+    @staticmethod
+    def ffn_matrices(ffn: kernels.FeedForward) -> list[kernels.Weight]:
+        """gate_up and down, of every expert where there are several."""
+        blocks = [ffn] if isinstance(ffn, kernels.FFNWeights) else ffn.experts
+        return [w for block in blocks for w in (block.gate_up, block.down)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +93,5 @@ class LlamaModel:
     def logits(self, x: Tensor) -> Tensor:
         """float32 [R, vocab] for residual rows x [R, hidden]."""
         weights = self.weights
-        return kernels.logits(x, weights.final_norm, self.config.rms_norm_eps, weights.head)
+        logits = kernels.logits(x, weights.final_norm, self.config.rms_norm_eps, weights.head)
+        return soft_cap(logits, self.config.final_softcap)

@@ -1,4 +1,4 @@
-"""Rotary position embedding tables and the scaling variants of the Llama family.
+"""Rotary position embedding: tables of all layers, and the scaling variants.
 
 Sources: RoFormer (Su et al. 2021); position interpolation (Chen et al. 2023) for `linear`; YaRN (Peng et
 al. 2023); LongRoPE (Ding et al. 2024); Llama 3.1's frequency bands, as published with its checkpoints.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.errors import ModelLoadError
 from engine.models.config import ModelConfig, RopeConfig
@@ -32,7 +33,7 @@ def rope_limit(config: ModelConfig) -> int:
 def rope_tables(
     config: ModelConfig, max_model_len: int, rope: RopeConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [max_model_len, head_dim / 2], with the variant's attention factor folded in.
+    """cos and sin, float32 [max_model_len, rotary_dim / 2], with the variant's attention factor folded in.
 
     `rope` stands in for the config's own, for layers that rotate differently.
 
@@ -43,8 +44,56 @@ def rope_tables(
     return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
 
 
+class LayerRopes:
+    """cos and sin of every layer, float32 [max_model_len, dimensions / 2] on the device; layers share them.
+
+    They cover the dimensions that rotate, none in a layer without rotary embedding; with `is_widened` all of
+    head_dim, by angles of 0, for heads in `rotary_order`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        device: torch.device | None = None,
+        *,
+        is_widened: bool = False,
+    ) -> None:
+        self._config = config
+
+        def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            if is_widened:
+                missing = (0, config.head_dim // 2 - cos.shape[1])
+                cos, sin = functional.pad(cos, missing, value=1.0), functional.pad(sin, missing)
+            return cos.to(device), sin.to(device)
+
+        self._all = self._windowed = tables(*rope_tables(config, max_model_len))
+        if config.local_rope is not None:
+            self._windowed = tables(*rope_tables(config, max_model_len, config.local_rope))
+        if config.nope_layers:
+            self._none = tables(torch.empty(max_model_len, 0), torch.empty(max_model_len, 0))
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        if layer in self._config.nope_layers:
+            return self._none
+        return self._all if self._config.window(layer) is None else self._windowed
+
+
+def rotary_order(config: ModelConfig) -> Tensor | None:
+    """Order of a head's dimensions, int64 [head_dim], in which kernels can rotate its first rotary_dim alone.
+
+    They rotate dimension i with i + head_dim / 2, a partial rotary embedding i with i + rotary_dim / 2; and
+    scores do not change when queries and keys are reordered alike. None: as it is.
+    """
+    if config.rotary_dim is None or config.rotary_dim == config.head_dim:
+        return None
+    rotated, rest = torch.arange(config.rotary_dim), torch.arange(config.rotary_dim, config.head_dim)
+    halves = zip(rotated.chunk(2), rest.chunk(2), strict=True)
+    return torch.cat([part for half in halves for part in half])
+
+
 def _frequencies(config: ModelConfig, rope: RopeConfig, max_model_len: int) -> tuple[Tensor, float]:
-    dim = config.head_dim
+    dim = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     inv_freq = 1.0 / (rope.theta**exponents)
     match rope.kind:

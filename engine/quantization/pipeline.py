@@ -18,7 +18,7 @@ from engine.checkpoint.loading import Checkpoint, open_checkpoint
 from engine.checkpoint.packed_tensors import quantization_config
 from engine.checkpoint.writing import header_bytes, write_json, write_tensors
 from engine.errors import ParameterError
-from engine.models.config import to_hf_config
+from engine.models.hf_config import to_hf_config
 from engine.models.layerwise import DecoderLayers, linear_name, vector_names
 from engine.quality import text
 from engine.quantization.allocation import Allocation, total_bytes, total_kl

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu.build import build
 from kernels.formats import Kind, PackedWeight, StackedWeight
-from kernels.types import AttentionMetadata, AttentionWeights, FFNWeights, Weight
+from kernels.types import AttentionMetadata, AttentionWeights, FeedForward, FFNWeights, MoEWeights, Weight
 
 _BLOCK_SIZE = 16
 _LANES = 16
@@ -41,6 +41,7 @@ class _Shape(ctypes.Structure):
         ("head_dim", c_int32),
         ("window", c_int32),
         ("scale", c_float),
+        ("softcap", c_float),
     )
 
 
@@ -168,7 +169,7 @@ def embed(token_ids: Tensor, table: Weight) -> Tensor:
 
 def run_layers(
     x: Tensor,
-    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    layers: Sequence[tuple[AttentionWeights, FeedForward]],
     caches: Sequence[tuple[Tensor, Tensor]],
     metadata: AttentionMetadata,
 ) -> bool:
@@ -216,9 +217,10 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`; query float32, head_dim a multiple of 16 up to 256."""
-    shape = _Shape(query.shape[1], k_cache.shape[1], query.shape[2], window or 0, scale)
+    shape = _Shape(query.shape[1], k_cache.shape[1], query.shape[2], window or 0, scale, softcap or 0)
     return _attend(query.contiguous(), shape, k_cache, v_cache, metadata)
 
 
@@ -273,7 +275,7 @@ def _can_run(x: Tensor, k_cache: Tensor, w: AttentionWeights) -> bool:
 def _attention_struct(w: AttentionWeights) -> _AttentionBlock | _Shape:
     struct = _structs.get(w)
     if struct is None:
-        shape = _Shape(w.num_heads, w.num_kv_heads, w.head_dim, w.window or 0, w.scale)
+        shape = _Shape(w.num_heads, w.num_kv_heads, w.head_dim, w.window or 0, w.scale, w.softcap or 0)
         if isinstance(w.qkv, Tensor) or isinstance(w.o, Tensor):
             struct = shape
         else:
@@ -297,12 +299,13 @@ def _ffn_struct(w: FFNWeights) -> _FfnBlock | None:
 
 def _layer_structs(
     x: Tensor,
-    layers: Sequence[tuple[AttentionWeights, FFNWeights]],
+    layers: Sequence[tuple[AttentionWeights, FeedForward]],
     caches: Sequence[tuple[Tensor, Tensor]],
 ) -> Any | None:
     structs = []
     for (attention, ffn), (k_cache, v_cache) in zip(layers, caches, strict=True):
-        first, second = _attention_struct(attention), _ffn_struct(ffn)
+        first = _attention_struct(attention)
+        second = None if isinstance(ffn, MoEWeights) else _ffn_struct(ffn)
         is_native = isinstance(first, _AttentionBlock) and second is not None
         if not (is_native and _can_run(x, k_cache, attention)):
             return None

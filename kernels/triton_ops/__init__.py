@@ -19,6 +19,8 @@ def attention_block(
 ) -> None:
     """See `reference.attention_block`."""
     w = weights
+    if w.softcap is not None:
+        raise NotImplementedError("softcap is not implemented in the Triton ops")
     qkv = linear(rms_norm(x, w.norm, w.eps), w.qkv, w.qkv_bias)
     query = rope_and_append(qkv, w, k_cache, v_cache, metadata)
     out = paged_attention(query, k_cache, v_cache, metadata, w.scale, w.window)

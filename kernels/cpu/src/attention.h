@@ -24,7 +24,7 @@ struct Step {  // AttentionMetadata; mirrored in kernels/cpu/__init__.py
 
 struct AttentionShape {
   int32_t num_heads, num_kv_heads, head_dim, window;  // window 0: none
-  float scale;
+  float scale, softcap;  // softcap 0: none
 
   int32_t first_visible(int32_t pos) const { return window > 0 ? std::max(0, pos - window + 1) : 0; }
 };
@@ -93,6 +93,10 @@ static inline void softmax_row(const AttentionShape& s, int32_t pos, int64_t fir
   for (int b = 0; b < num_blocks; ++b) {
     const int32_t start = static_cast<int32_t>(first_key) + b * kBlock;
     vf v = load<vf>(scores + b * kBlock);
+    if (s.softcap > 0) {
+      v = splat(s.softcap) * tanh(v * (1.0f / s.softcap));
+      store(scores + b * kBlock, v);
+    }
     if (start < first || start + kBlock - 1 > last) {
       const vi key = lane + start;
       v = (key <= last) & (key >= first) ? v : splat(-INFINITY);

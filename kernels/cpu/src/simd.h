@@ -120,6 +120,12 @@ static inline vf exp_negative(vf x) {
   return p * (vf)bits;
 }
 
+static inline vf tanh(vf x) {
+  const vf e = exp_negative(x < 0 ? x + x : -(x + x));
+  const vf t = (1.0f - e) / (e + 1.0f);
+  return x < 0 ? -t : t;
+}
+
 static inline float sum(vf v) {
   float s[kLanes];
   std::memcpy(s, &v, sizeof v);
