@@ -38,6 +38,10 @@ def conversation_of(body: CountTokensRequest) -> Conversation:
         else:
             for message in _messages(given):
                 _append(messages, message)
+    if prefill and body.choice.mode == "required":
+        raise ParameterError("tool_choice", "must be auto or none where the answer's beginning is given")
+    if prefill and body.constraint is not None:
+        raise ParameterError("output_config.format", "is not allowed where the answer's beginning is given")
     if prefill and messages and messages[-1].role == "assistant":
         raise ParameterError(f"messages[{last}]", "the beginning of the answer must follow a user's turn")
     if not any(message.role != "system" for message in messages):

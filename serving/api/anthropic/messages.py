@@ -1,23 +1,24 @@
 """POST /v1/messages and /v1/messages/count_tokens."""
 
-import time
 import uuid
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine import InferenceEngine, ParameterError, SamplingParams
+from engine import InferenceEngine, SamplingParams
 from serving.api.anthropic.conversation import Conversation, conversation_of
 from serving.api.anthropic.errors import AnthropicErrorResponse
 from serving.api.anthropic.presenter import MessagePresenter
 from serving.api.anthropic.requests import CountTokensRequest, MessagesRequest
 from serving.api.anthropic.responses import MessageResponse, ServiceTier, TokenCount
 from serving.api.anthropic.version import check_version
+from serving.api.chat_job import chat_job
 from serving.api.generation import Job, Presenter, respond
-from serving.state import ReplicaState, package_version
+from serving.state import ReplicaState
 from serving.strict_json import StrictJsonRoute
 from serving.telemetry.exchange import Exchange
-from serving.tools import ChatPlan, plan_chat
+from serving.tools import ChatPlan
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": AnthropicErrorResponse, "description": "The request cannot be served as it is."},
@@ -40,20 +41,10 @@ def messages_router(state: ReplicaState) -> APIRouter:
         """Anthropic's form of a conversation's answer, whole or as a stream of named events (`stream`)."""
         state.check_model(body.model)
         conversation = conversation_of(body)
-        params = body.sampling_params()
         exchange: Exchange = request.state.exchange
 
         async def prepare(engine: InferenceEngine) -> tuple[Job, Presenter]:
-            plan = _plan(engine, body, conversation, params)
-            job = Job(
-                request_id=f"msg_{uuid.uuid4().hex}",
-                prompts=[await _tokenize(engine, plan, conversation.prefill)],
-                params=plan.params,
-                model=engine.model.name,
-                created=int(time.time()),
-                fingerprint=f"peregrine-{package_version()}-{engine.model.weight_format}",
-                include_usage=True,
-            )
+            job, plan = await _job(engine, body, conversation, body.sampling_params())
             tier = _tier_shown(body.service_tier)
             return job, MessagePresenter(job, plan.parser(_new_call_id), tier, exchange.request_id)
 
@@ -63,7 +54,7 @@ def messages_router(state: ReplicaState) -> APIRouter:
             is_stream=bool(body.stream),
             operation="chat",
             model=body.model,
-            prompt=[m.content for m in conversation.messages] if state.keeps_prompts else None,
+            prompt=[asdict(m) for m in conversation.messages] if state.keeps_prompts else None,
             service_tier=body.service_tier,
             prepare=prepare,
         )
@@ -72,31 +63,26 @@ def messages_router(state: ReplicaState) -> APIRouter:
     async def count_tokens(body: CountTokensRequest) -> TokenCount:
         """The tokens that a request with this conversation has to read."""
         state.check_model(body.model)
-        engine, conversation = state.engine, conversation_of(body)
-        plan = _plan(engine, body, conversation, SamplingParams())
-        tokens = await _tokenize(engine, plan, conversation.prefill)
-        return TokenCount(input_tokens=len(tokens))
+        job, _ = await _job(state.engine, body, conversation_of(body), SamplingParams())
+        return TokenCount(input_tokens=len(job.prompts[0]))
 
     return router
 
 
-def _plan(
+async def _job(
     engine: InferenceEngine, body: CountTokensRequest, conversation: Conversation, params: SamplingParams
-) -> ChatPlan:
-    choice = body.choice()
-    if conversation.prefill and choice.mode == "required":
-        # A call has to come as a whole for its schema to hold.
-        raise ParameterError("tool_choice.type", "must be auto or none where the answer's beginning is given")
-    template = engine.chat_template(has_tools=True)
-    return plan_chat(conversation.messages, body.definitions(), choice, params, template)
-
-
-async def _tokenize(engine: InferenceEngine, plan: ChatPlan, prefill: str) -> list[int]:
-    """The conversation under the chat template, the answer's beginning behind it."""
-    tokens = await engine.tokenize_chat(plan.messages, tools=plan.template_tools)
-    if prefill:
-        tokens = [*tokens, *await engine.tokenize(prefill, add_special_tokens=False)]
-    return tokens
+) -> tuple[Job, ChatPlan]:
+    return await chat_job(
+        engine,
+        conversation.messages,
+        params,
+        body.definitions(),
+        body.choice,
+        id_prefix="msg_",
+        include_usage=True,
+        answer_beginning=conversation.prefill,
+        may_exceed_context=True,
+    )
 
 
 def _new_call_id() -> str:

@@ -1,14 +1,16 @@
 """The Messages API's requests. A field that is not served is refused, never ignored."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from engine import ParameterError, SamplingParams
+from engine import Constraint, ParameterError, SamplingParams
 from engine.sampling_params import MAX_STOP_STRINGS
 from serving.api.anthropic.blocks import CacheControl, Content, NonEmpty, TextContent
 from serving.schemas import Strict, StrictBool, StrictFloat, StrictInt
 from serving.tools import ToolChoice, ToolDefinition
+from serving.tools.parameters import check_parameters
 
 _MAX_MESSAGES = 100_000
 _MAX_INT = 2**31 - 1
@@ -71,6 +73,19 @@ class Thinking(Strict):
     type: Annotated[Literal["disabled"], _refuse_other("disabled", "thinking is part of the text")]
 
 
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+    def as_constraint(self) -> Constraint:
+        return Constraint("json_schema", json.dumps(self.json_schema), "output_config.format.schema")
+
+
+class OutputConfig(Strict):
+    effort: None = None
+    format: OutputFormat | None = None
+
+
 class Metadata(Strict):
     user_id: Annotated[str, StringConstraints(max_length=512)] | None = None
 
@@ -84,6 +99,7 @@ class CountTokensRequest(Strict):
     tools: list[Tool] | None = None
     tool_choice: ToolChoiceParam | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
 
     @model_validator(mode="after")
@@ -100,17 +116,23 @@ class CountTokensRequest(Strict):
         return self
 
     def definitions(self) -> list[ToolDefinition]:
-        return [
-            ToolDefinition(
-                name=tool.name,
-                description=tool.description or "",
-                parameters=tool.input_schema,
-                is_strict=bool(tool.strict),
-                field=f"tools[{i}].input_schema",
+        """Raises ParameterError for an input_schema that is no JSON schema of an object."""
+        definitions = []
+        for number, tool in enumerate(self.tools or ()):
+            field = f"tools[{number}].input_schema"
+            check_parameters(tool.input_schema, field)
+            definitions.append(
+                ToolDefinition(tool.name, tool.description or "", tool.input_schema, bool(tool.strict), field)
             )
-            for i, tool in enumerate(self.tools or ())
-        ]
+        return definitions
 
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer's text is held to."""
+        shape = self.output_config.format if self.output_config is not None else None
+        return None if shape is None else shape.as_constraint()
+
+    @property
     def choice(self) -> ToolChoice:
         return ToolChoice() if self.tool_choice is None else self.tool_choice.as_choice()
 
@@ -134,4 +156,5 @@ class MessagesRequest(CountTokensRequest):
             top_k=self.top_k or 0,
             stop=tuple(self.stop_sequences or ()),
             max_tokens=self.max_tokens,
+            constraint=self.constraint,
         )
