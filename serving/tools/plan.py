@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import Constraint, ParameterError, SamplingParams
+from serving.tools.call_grammar import call_grammar
 from serving.tools.call_schema import call_schema
 from serving.tools.definitions import Message, ToolChoice, ToolDefinition
 from serving.tools.parser import ToolCallParser
 from serving.tools.rendering import with_template, without_template
 from serving.tools.syntax import CallSyntax, knows_tools, syntax_of
+
+_NAME = "tools"
+"""Of the constraint, in errors about a schema that cannot be held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,16 @@ def plan_chat(
     choice: ToolChoice,
     params: SamplingParams,
     chat_template: str | None,
+    token_id: Callable[[str], int | None] = lambda mark: None,
 ) -> ChatPlan:
     """Turn a conversation with tools into what the engine needs.
 
-    With mode "none" the model does not see the tools. A call that has to come is held to its schema by the
-    decoder. With mode "auto" and an answer held to a schema, the output is a call or such an answer.
+    With mode "none" the model does not see the tools. A call that has to come is held to its schema while it
+    is sampled, and so is every call of strict tools. With mode "auto" and an answer held to a schema, the
+    output is a call or such an answer.
 
     chat_template: the checkpoint's, for conversations with tools.
+    token_id: of a mark that the vocabulary has as one token.
 
     Raises:
         ParameterError: a choice without a tool to choose (`tool_choice`), arguments in the conversation that
@@ -63,7 +70,7 @@ def plan_chat(
         template_tools=[t.as_template_input() for t in shown] if has_template and shown else None,
         params=dataclasses.replace(
             params,
-            constraint=_constraint(usable, choice, params, syntax),
+            constraint=_constraint(usable, choice, params, syntax, token_id),
             visible_tokens=tuple(mark for mark in (syntax.begin, syntax.end) if mark) if usable else (),
         ),
         syntax=syntax,
@@ -73,7 +80,11 @@ def plan_chat(
 
 
 def _constraint(
-    usable: Sequence[ToolDefinition], choice: ToolChoice, params: SamplingParams, syntax: CallSyntax
+    usable: Sequence[ToolDefinition],
+    choice: ToolChoice,
+    params: SamplingParams,
+    syntax: CallSyntax,
+    token_id: Callable[[str], int | None],
 ) -> Constraint | None:
     own = params.constraint
     if not usable:
@@ -83,7 +94,10 @@ def _constraint(
     if choice.mode == "required":
         schema = call_schema(usable, syntax.arguments_key, is_parallel=is_parallel)
     elif own is None:
-        return None
+        if not any(tool.is_strict for tool in usable):
+            return None
+        grammar = call_grammar(usable, syntax, token_id, is_parallel=is_parallel)
+        return Constraint("grammar", grammar, _NAME)
     elif own.kind == "json_schema":
         answer = json.loads(own.value)
         schema = call_schema(usable, syntax.arguments_key, is_parallel=is_parallel, or_answer=answer)
@@ -93,4 +107,4 @@ def _constraint(
         raise ParameterError(
             "tool_choice", f"must be none or required where the answer is held to a {own.kind}"
         )
-    return Constraint("json_schema", json.dumps(schema))
+    return Constraint("json_schema", json.dumps(schema), _NAME)

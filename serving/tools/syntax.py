@@ -14,6 +14,7 @@ class CallSyntax:
     Args:
         begin: what opens one call or a list of calls; empty where nothing does.
         end: what closes it; empty where nothing does.
+        is_list: several calls stand in one list behind the mark.
         arguments_key: the member that holds the arguments, as the family was trained to write it. Both
             spellings are read.
         template_signs: a chat template with one of them belongs to the family.
@@ -23,6 +24,7 @@ class CallSyntax:
     name: str
     begin: str = ""
     end: str = ""
+    is_list: bool = False
     arguments_key: str = "arguments"
     template_signs: tuple[str, ...] = ()
     id_pattern: re.Pattern[str] | None = None
@@ -33,6 +35,7 @@ HERMES = CallSyntax("hermes", "<tool_call>", "</tool_call>", template_signs=("<t
 MISTRAL = CallSyntax(
     "mistral",
     "[TOOL_CALLS]",
+    is_list=True,
     template_signs=("[TOOL_CALLS]",),
     id_pattern=re.compile(r"[A-Za-z0-9]{9}"),
 )
