@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
+from engine.constraint import Constraint
 from engine.core_loop import CoreCarrier, start_core
 from engine.errors import EngineDeadError, ParameterError, PromptTooLongError
 from engine.messages import (
@@ -26,6 +27,7 @@ from engine.messages import (
 from engine.output_processor import OutputProcessor
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepKind, StepTimes
 from engine.sampling_params import SamplingParams
+from engine.structured import GrammarCompiler, GrammarsUnavailableError
 from engine.tokenizer import Tokenizer
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -44,9 +46,10 @@ class AsyncEngine:
     All methods belong to the event loop that ran `start`.
     """
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, grammars: GrammarCompiler) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self._grammars = grammars
         self._loop = asyncio.get_running_loop()
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, asyncio.Queue[_StreamItem]] = {}
@@ -66,8 +69,13 @@ class AsyncEngine:
         Raises:
             ModelLoadError, OutOfMemoryError, ParameterError: what the configuration asks for cannot be had.
         """
-        tokenizer = Tokenizer(await asyncio.to_thread(lambda: open_checkpoint(config.model).load_tokenizer()))
-        engine = cls(config, tokenizer)
+        checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
+        tokenizer = Tokenizer(await asyncio.to_thread(checkpoint.load_tokenizer))
+        grammars = GrammarCompiler(
+            lambda: tokenizer.backend, checkpoint.config.vocab_size, checkpoint.eos_token_ids
+        )
+        grammars.prepare()
+        engine = cls(config, tokenizer, grammars)
         try:
             await asyncio.wait_for(asyncio.shield(engine._ready), _START_TIMEOUT_S)
         except BaseException:
@@ -132,6 +140,8 @@ class AsyncEngine:
         """
         arrival = time.monotonic() if arrival_time is None else arrival_time
         prompt = self._check_prompt(prompt_token_ids, params, request_id)
+        if params.constraint is not None:
+            await self._check_constraint(params.constraint)
         stream: asyncio.Queue[_StreamItem] = asyncio.Queue()
         self._streams[request_id] = stream
         self._sequences[request_id] = set()
@@ -209,6 +219,14 @@ class AsyncEngine:
         if request_id in self._streams:
             raise ParameterError("request_id", f"{request_id!r} is in use")
         return tuple(prompt_token_ids)
+
+    async def _check_constraint(self, constraint: Constraint) -> None:
+        """Compile it in a thread, to refuse here what cannot be held; the core does the same for itself."""
+        compiled = asyncio.wrap_future(self._grammars.compile(constraint))
+        try:
+            await asyncio.shield(compiled)  # others may wait for it as well
+        except GrammarsUnavailableError as error:
+            raise ParameterError(constraint.name, str(error)) from None
 
     def _submit(
         self,

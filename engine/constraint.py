@@ -16,8 +16,9 @@ class Constraint:
     Args:
         kind: how `value` is to be read.
         value: `json_object`: empty, any JSON object; `json_schema`: the schema's JSON text; `regex`: a
-            pattern that the whole output matches; `grammar`: a context-free grammar as GBNF (EBNF of
-            llama.cpp, also understood by xgrammar) or Lark; `choice`: a JSON list of strings.
+            pattern that the whole output matches; `grammar`: a context-free grammar in Lark's notation or
+            GBNF (llama.cpp's EBNF); `choice`: a JSON list of strings.
+        name: what the API calls it; errors name it.
 
     Whether schema, pattern and grammar can be held is found out by the engine that compiles them.
 
@@ -27,35 +28,36 @@ class Constraint:
 
     kind: ConstraintKind
     value: str = ""
+    name: str = "constraint"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ConstraintKind):
             allowed = ", ".join(get_args(ConstraintKind))
-            raise ParameterError("constraint.kind", f"must be one of {allowed}, got {self.kind!r}")
+            raise ParameterError(self.name, f"the kind must be one of {allowed}, got {self.kind!r}")
         if not isinstance(self.value, str):
-            raise ParameterError("constraint.value", f"must be a string, got {type(self.value).__name__}")
+            raise ParameterError(self.name, f"must be a string, got {type(self.value).__name__}")
         match self.kind:
             case "json_object":
                 if self.value:
-                    raise ParameterError("constraint.value", "must be empty for json_object")
+                    raise ParameterError(self.name, "must be empty for json_object")
             case "json_schema":
-                if not isinstance(_parsed(self.value), dict | bool):
-                    raise ParameterError("constraint.value", "a JSON schema is an object or a boolean")
+                if not isinstance(_parsed(self.value, self.name), dict | bool):
+                    raise ParameterError(self.name, "a JSON schema is an object or a boolean")
             case "choice":
-                choices = _parsed(self.value)
+                choices = _parsed(self.value, self.name)
                 if (
                     not isinstance(choices, list)
                     or not choices
                     or not all(isinstance(choice, str) and choice for choice in choices)
                 ):
-                    raise ParameterError("constraint.value", "must be a JSON list of non-empty strings")
+                    raise ParameterError(self.name, "must be a JSON list of non-empty strings")
             case "regex" | "grammar":
                 if not self.value.strip():
-                    raise ParameterError("constraint.value", f"must not be empty for {self.kind}")
+                    raise ParameterError(self.name, f"must not be empty for {self.kind}")
 
 
-def _parsed(text: str) -> object:
+def _parsed(text: str, name: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise ParameterError("constraint.value", f"must be JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(name, f"must be JSON: {error}") from None

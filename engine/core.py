@@ -1,5 +1,6 @@
 """EngineCore: the synchronous loop of schedule, run, update."""
 
+import concurrent.futures
 import math
 import time
 from typing import Any
@@ -17,10 +18,12 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
 from engine.step_cost import StepCostMeter
+from engine.structured import ConstrainedArrivals, GrammarCompiler
 
 _PROFILE_TOKENS = (16, 256)  # of prompts, where no other sizes matter
 _PROFILE_DECODES = 8
 _PROFILE_RUNS = 3  # of a chunk's size; the first one may load kernels
+_GRAMMAR_WAIT_S = 0.01  # for a grammar where there is nothing else to do, before messages are looked at again
 _PROFILE_S = 0.05  # a longer one is not repeated: what disturbs it counts for little
 
 
@@ -48,6 +51,12 @@ class EngineCore:
             pacer=StepPacer.for_device(self.runner.device.type, config.step_target_s, self.runner.is_joint),
         )
         self._step_costs = StepCostMeter()
+        self.grammars = GrammarCompiler(
+            lambda: checkpoint.load_tokenizer().backend_tokenizer,
+            checkpoint.config.vocab_size,
+            checkpoint.eos_token_ids,
+        )
+        self._constrained = ConstrainedArrivals(self.grammars)
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
         self._total_steps = 0
@@ -63,13 +72,19 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
+        return self._can_step or len(self._constrained) > 0
+
+    @property
+    def _can_step(self) -> bool:
         return self.scheduler.has_work or self._in_flight is not None
 
     def warm_up(self) -> None:
         """Do all first-call work, and measure what steps take: routers predict by it from the first request
         on, and prompt chunks are sized by it, where they are.
         """
+        vocabulary = self.grammars.prepare()
         self.runner.warm_up()
+        concurrent.futures.wait([vocabulary])  # one that fails is a model without grammars
         is_paced = self.scheduler.pacer.target_s not in (None, math.inf)
         capacity = self.kv_cache.pool.num_blocks * self.kv_cache.block_size
         most = min(self.runner.token_budget, self.runner.max_model_len - 1, capacity - 1)
@@ -92,7 +107,12 @@ class EngineCore:
             arrival_time=message.arrival_time,
             urgency=message.urgency,
         )
-        self.scheduler.add_request(request)
+        if message.params.constraint is None:
+            self.scheduler.add_request(request)
+        elif message.request_id in self._constrained:
+            raise ValueError(f"request id {message.request_id!r} is in use")
+        else:
+            self._constrained.add(request)
 
     def abort(self, message: AbortRequests) -> list[TokenOutput]:
         """End sequences in any state; unknown ids are ignored. One final output for each that was alive."""
@@ -102,16 +122,21 @@ class EngineCore:
             if request is not None:
                 self._forget(request_id)
                 ended.append(_output_of(request, None, None))
+            elif (request := self._constrained.remove(request_id)) is not None:
+                ended.append(_aborted(request))
         return ended
 
     def step(self) -> StepOutputs:
         """Advance every scheduled sequence by one step; the outputs are those of one step."""
+        ended = self._admit_constrained() if len(self._constrained) else []
         start = time.monotonic()
+        if not self._can_step:
+            return StepOutputs(start, tuple(ended), self.stats())
         if self.runner.runs_ahead:
-            outputs = self._step_ahead()
+            outputs = ended + self._step_ahead()
         else:
             plan = self._schedule()
-            outputs = self._update(plan, self.runner.execute(plan))
+            outputs = ended + self._update(plan, self.runner.execute(plan))
         end = time.monotonic()
         self._total_steps += 1
         self._last_step_s = end - start
@@ -152,17 +177,37 @@ class EngineCore:
         return min(times)
 
     def _step_ahead(self) -> list[TokenOutput]:
-        """Launch the next step, take in the one before; the other way round where drafts need its tokens."""
+        """Launch the next step, take in the one before; the other way round where that needs its tokens.
+
+        Drafts do, and masks of constrained requests: with a step of decodes alone these are uploaded behind
+        the launch, before its logits are there.
+        """
         previous = self._in_flight or self._launch()
         self._in_flight = None
         if previous is None:
             return []
-        if self.scheduler.wants_drafts():
+        has_late_masks = self.scheduler.has_late_masks
+        if self.scheduler.wants_drafts() or (has_late_masks and not self._can_mask_late()):
             outputs = self._take_in(previous)
             self._in_flight = self._launch()
             return outputs
         self._in_flight = self._launch()
-        return self._take_in(previous)
+        outputs = self._take_in(previous)
+        if has_late_masks and self._in_flight is not None:
+            plan, ticket = self._in_flight
+            self._in_flight = plan, self.runner.sample_late(ticket)
+        return outputs
+
+    def _can_mask_late(self) -> bool:
+        num_decodes = self.scheduler.num_decodes_ahead
+        return num_decodes is not None and self.runner.can_sample_late(num_decodes)
+
+    def _admit_constrained(self) -> list[TokenOutput]:
+        """Requests whose grammar is there join the others; the ends of those that can have none."""
+        ready, refused = self._constrained.take(0.0 if self._can_step else _GRAMMAR_WAIT_S)
+        for request in ready:
+            self.scheduler.add_request(request)
+        return [_aborted(request) for request in refused]
 
     def _launch(self) -> tuple[SchedulerOutput, Any] | None:
         plan = self._schedule()
@@ -197,7 +242,7 @@ class EngineCore:
         scheduler, pool = self.scheduler, self.kv_cache.pool
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self._constrained),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free_blocks,
             num_cached_blocks=pool.num_cached_blocks,
@@ -243,6 +288,12 @@ class EngineCore:
     def _forget(self, request_id: str) -> None:
         self.runner.forget(request_id)
         self._prompt_logprobs.pop(request_id, None)
+
+
+def _aborted(request: Request) -> TokenOutput:
+    """The end of a request that the scheduler has never seen."""
+    request.status = RequestStatus.FINISHED_ABORTED
+    return _output_of(request, None, None)
 
 
 def _output_of(

@@ -41,7 +41,10 @@ ToCore = AddRequest | AbortRequests | Ping | Shutdown
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One sequence's new token, or its end (an aborted sequence ends without one)."""
+    """One sequence's new token, or its end (an aborted sequence ends without one).
+
+    stop_reason: the token of `stop_token_ids` that ended it, or why the engine had to abort it.
+    """
 
     request_id: str
     token_id: int | None
@@ -50,7 +53,7 @@ class TokenOutput:
     logprobs: RawLogprobs | None = None
     prompt_logprobs: tuple[RawLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.outputs import FinishReason
 from engine.sampling_params import SamplingParams
 from engine.speculation import Drafter
+from engine.structured import GrammarState
 from engine.urgency import NOT_URGENT, Urgency
 
 
@@ -41,7 +42,8 @@ class Request:
     prefill while more than one token is missing there. With a step in flight it counts that step's tokens
     too, and `num_pending_tokens` those that the step samples, drafts included: their ids are still on the
     device. `block_ids` and `block_hashes` belong to the KVCacheManager. `drafter` is there from the first
-    decode step on where drafts are allowed.
+    decode step on where drafts are allowed. `grammar` stands behind the output's last token where there is a
+    constraint; without its mask no token may be sampled.
     """
 
     __slots__ = (
@@ -52,6 +54,7 @@ class Request:
         "block_ids",
         "drafter",
         "first_scheduled_time",
+        "grammar",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
@@ -90,11 +93,12 @@ class Request:
         self.num_preemptions = 0
         self.first_scheduled_time: float | None = None
         self.status = RequestStatus.WAITING
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_remembered_blocks = 0
         self.drafter: Drafter | None = None
+        self.grammar: GrammarState | None = None
         if not 0 < self.num_prompt_tokens < max_model_len:
             raise ValueError(
                 f"{request_id}: {self.num_prompt_tokens} prompt tokens, limit {max_model_len - 1}"

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.messages import RawLogprobs
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.structured import fill_masks
+from kernels.sampling import allowed_tokens, num_mask_words
 
 # Nearly every nucleus ends within this many candidates; a row whose does not is sorted whole.
 _NUM_CANDIDATES = 1024
@@ -61,13 +65,17 @@ class Sampler:
         self._counts: dict[str, _TokenCounts] = {}
 
     def sample(self, logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken]:
-        """One token for each row of logits, float32 [R, vocab]; the tensor is overwritten."""
+        """One token for each row of logits, float32 [R, vocab]; the tensor is overwritten.
+
+        The rows of one request stand together, with one draft more each.
+        """
         logprobs = _gather_raw_logprobs(logits, rows)
         for i, row in enumerate(rows):
             if row.params.has_penalties:
                 self._penalize(logits[i], row)
             if row.params.logit_bias:
                 _add_bias(logits[i], row.params)
+        _mask(logits, rows)
         token_ids = self._choose(logits, rows)
         return [
             SampledToken(token_id, entry(token_id) if entry else None)
@@ -156,6 +164,26 @@ def _gather_raw_logprobs(logits: Tensor, rows: Sequence[SampledRow]) -> list[_Ro
 def _add_bias(logits: Tensor, params: SamplingParams) -> None:
     bias = params.logit_bias
     logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+
+
+def _mask(logits: Tensor, rows: Sequence[SampledRow]) -> None:
+    """Take away what the rows' grammars do not allow."""
+    masked = [i for i, row in enumerate(rows) if row.request.grammar is not None]
+    if not masked:
+        return
+    wanted = []
+    for _, own in groupby((rows[i] for i in masked), key=lambda row: row.request.request_id):
+        *_, last = own  # the row behind all drafts
+        assert last.request.grammar is not None
+        wanted.append((last.request.grammar, last.draft_token_ids))
+    vocab_size = logits.shape[1]
+    masks = np.empty((len(masked), num_mask_words(vocab_size)), dtype=np.int32)
+    fill_masks(wanted, masks)
+    allowed = allowed_tokens(torch.from_numpy(masks).to(logits.device), vocab_size)
+    if len(masked) == len(rows):
+        logits.masked_fill_(~allowed, float("-inf"))
+    else:
+        logits[masked] = logits[masked].masked_fill_(~allowed, float("-inf"))
 
 
 def _is_filtered(params: SamplingParams) -> bool:

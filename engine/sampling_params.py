@@ -94,9 +94,8 @@ class SamplingParams:
                 "constraint", f"must be a Constraint or None, got {type(self.constraint).__name__}"
             )
         if self.constraint is not None and self.ignore_eos:
-            raise ParameterError(
-                "ignore_eos", f"must be false with {self.constraint.name}, which ends the output"
-            )
+            reason = f"must be false with {self.constraint.name}, which says where the output ends"
+            raise ParameterError("ignore_eos", reason)
 
     @property
     def is_greedy(self) -> bool:

@@ -243,6 +243,18 @@ class Scheduler:
             return True
         return bool(self._draft(is_pending=True))
 
+    @property
+    def has_late_masks(self) -> bool:
+        """Whether a running request's next mask depends on a token in flight."""
+        return any(r.grammar is not None and r.num_pending_tokens > 0 for r in self.running)
+
+    @property
+    def num_decodes_ahead(self) -> int | None:
+        """The most rows of the next step if it is one of decodes alone, else None."""
+        if self.waiting or not all(r.is_decoding for r in self.running):
+            return None
+        return len(self.running)
+
     def update(
         self, output: SchedulerOutput, sampled: Mapping[str, Sequence[int]]
     ) -> list[tuple[Request, Sequence[int]]]:
@@ -291,8 +303,12 @@ class Scheduler:
         self, request: Request, token_ids: Sequence[int]
     ) -> tuple[Sequence[int], RequestStatus | None]:
         """Append tokens up to one that ends the request; those appended, and the final status."""
+        grammar = request.grammar
         for i, token_id in enumerate(token_ids):
             request.all_token_ids.append(token_id)
+            if grammar is not None and not grammar.accept(token_id):
+                request.stop_reason = grammar.error
+                return token_ids[: i + 1], RequestStatus.FINISHED_ABORTED
             if status := self._finished_status(request, token_id):
                 return token_ids[: i + 1], status
         return token_ids, None
@@ -331,7 +347,10 @@ class Scheduler:
                 request.drafter = Drafter(self._draft_policy, request.all_token_ids)
             # The last token that a request may get needs no draft: it is sampled behind the others.
             limit = min(budget, self._num_remaining(request) - 1)
-            if tokens := request.drafter.draft(limit, len(decoding)):
+            tokens = request.drafter.draft(limit, len(decoding))
+            if request.grammar is not None and not is_pending:
+                tokens = tokens[: request.grammar.num_accepted(tokens)]
+            if tokens:
                 drafts[request.request_id] = tokens
                 budget -= len(tokens)
         return drafts

@@ -1,11 +1,12 @@
 """Decodes of many rows in one pass over the weights: the layers of `engine.cuda.layers`, as CUDA graphs."""
 
 import torch
+from torch import Tensor
 
 from engine.cuda.graphs import Graphs
 from engine.cuda.layers import DIRECT_TOKENS, Layer, Layers
 from engine.cuda.layout import Layout
-from engine.cuda.rows import StepRows
+from engine.cuda.rows import LaneRows, StepRows
 from engine.cuda.sampling import sample_rows
 from engine.models.config import ModelConfig
 from kernels.cuda import tables
@@ -73,19 +74,61 @@ class BatchProgram:
         self, num_lanes: int, mode: Mode, *, has_logprobs: bool, goes_on: bool, is_shared: bool = False
     ) -> None:
         """Compute and sample the rows of the first lanes. `goes_on`: each row from its last sampled token."""
-        if self._rows.lanes is not self._lanes:
-            self._lanes = self._rows.lanes
-            self._graphs.clear()
-        for first in range(0, num_lanes, _GROUP):
-            count = min(_GROUP, num_lanes - first)
+        self._renew()
+        for first, count in _passes(num_lanes):
             kind = (count, mode, has_logprobs, is_shared)
             key = (first, count, mode, has_logprobs, goes_on, is_shared)
             self._graphs.run(kind, key, lambda key=key: self._compute(*key))  # type: ignore[misc]
+
+    def run_masked(
+        self, num_lanes: int, mode: Mode, *, has_logprobs: bool, goes_on: bool, is_shared: bool = False
+    ) -> None:
+        """As `run`, by the rows' masks."""
+        self._renew()
+        for first, count in _passes(num_lanes):
+            self._run_forward(first, count, goes_on, is_shared)
+            self._run_sampling(first, count, mode, has_logprobs)
+
+    def forward(self, num_lanes: int, *, goes_on: bool, is_shared: bool = False) -> None:
+        """Compute logits, for `sample_masked` and no other call. At most one pass's lanes (256 rows)."""
+        [(first, count)] = _passes(num_lanes)
+        self._renew()
+        self._run_forward(first, count, goes_on, is_shared)
+
+    def sample_masked(self, num_lanes: int, mode: Mode, *, has_logprobs: bool) -> None:
+        """Sample behind `forward`, by the rows' masks."""
+        self._run_sampling(0, num_lanes, mode, has_logprobs)
+
+    def _renew(self) -> None:
+        if self._rows.lanes is not self._lanes:
+            self._lanes = self._rows.lanes
+            self._graphs.clear()
+
+    def _run_forward(self, first: int, count: int, goes_on: bool, is_shared: bool) -> None:
+        rows = self._rows.of_lanes(first, count)
+        self._graphs.run(
+            ("forward", count, is_shared),
+            ("forward", first, count, goes_on, is_shared),
+            lambda: self._forward(rows, count, goes_on, is_shared),
+        )
+
+    def _run_sampling(self, first: int, count: int, mode: Mode, has_logprobs: bool) -> None:
+        rows, logits = self._rows.of_lanes(first, count), self._logits[: count * MAX_TOKENS]
+        self._graphs.run(
+            ("masked", count, mode, has_logprobs),
+            ("masked", first, count, mode, has_logprobs),
+            lambda: sample_rows(logits, rows, mode, has_logprobs=has_logprobs, has_masks=True),
+        )
 
     def _compute(
         self, first: int, count: int, mode: Mode, has_logprobs: bool, goes_on: bool, is_shared: bool
     ) -> None:
         rows = self._rows.of_lanes(first, count)
+        logits = self._forward(rows, count, goes_on, is_shared)
+        sample_rows(logits, rows, mode, has_logprobs=has_logprobs)
+
+    def _forward(self, rows: LaneRows, count: int, goes_on: bool, is_shared: bool) -> Tensor:
+        """float32 [rows, vocab]; valid until the next call."""
         inputs, num_rows = rows.inputs, count * MAX_TOKENS
         x, logits = self._x[:num_rows], self._logits[:num_rows]
         tokens = Tokens(inputs.positions, inputs.sequences, inputs.block_table, self._no_tiles, 1)
@@ -104,4 +147,9 @@ class BatchProgram:
             return attended
 
         self._layers.logits(x, self._config.rms_norm_eps, self._layers.forward(x, attend), logits)
-        sample_rows(logits, rows, mode, has_logprobs=has_logprobs)
+        return logits
+
+
+def _passes(num_lanes: int) -> list[tuple[int, int]]:
+    """First lane and number of lanes of each."""
+    return [(first, min(_GROUP, num_lanes - first)) for first in range(0, num_lanes, _GROUP)]

@@ -45,10 +45,28 @@ class DecodeProgram:
         key = (lane, num_tokens, mode, has_logprobs, goes_on)
         self._graphs.run((mode, has_logprobs), key, lambda: self._compute(*key))
 
-    def sample_hidden(self, lane: int, hidden: Tensor, mode: Mode, *, has_logprobs: bool) -> None:
+    def forward(self, lane: int, num_tokens: int, *, goes_on: bool) -> None:
+        """Compute the logits of the first rows of a lane, for `sample_masked` and no other call."""
+        self._renew()
+        key = (lane, num_tokens, goes_on)
+        self._graphs.run("forward", key, lambda: self._forward(*key))
+
+    def sample_masked(self, lane: int, num_tokens: int, mode: Mode, *, has_logprobs: bool) -> None:
+        """Sample behind `forward`, by the rows' masks."""
+        rows, logits = self._lanes[lane], self.logits[:num_tokens]
+        self._graphs.run(
+            ("masked", mode, has_logprobs),
+            ("masked", lane, num_tokens, mode, has_logprobs),
+            lambda: sample_rows(logits, rows, mode, has_logprobs=has_logprobs, has_masks=True),
+        )
+
+    def sample_hidden(
+        self, lane: int, hidden: Tensor, mode: Mode, *, has_logprobs: bool, has_masks: bool
+    ) -> None:
         """Sample the first rows of a lane from residual rows, float32 [rows <= 16, hidden]."""
         self._renew()
-        sample_rows(self.logits_of(hidden), self._lanes[lane], mode, has_logprobs=has_logprobs)
+        rows, logits = self._lanes[lane], self.logits_of(hidden)
+        sample_rows(logits, rows, mode, has_logprobs=has_logprobs, has_masks=has_masks)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """float32 [rows, vocab] of residual rows, float32 [rows <= 16, hidden]; valid until the next call."""
@@ -77,6 +95,10 @@ class DecodeProgram:
             self._graphs.clear()
 
     def _compute(self, lane: int, num_tokens: int, mode: Mode, has_logprobs: bool, goes_on: bool) -> None:
+        self._forward(lane, num_tokens, goes_on)
+        sample_rows(self.logits[:num_tokens], self._lanes[lane], mode, has_logprobs=has_logprobs)
+
+    def _forward(self, lane: int, num_tokens: int, goes_on: bool) -> None:
         rows = self._lanes[lane]
         token_ids = rows.sampled if goes_on else rows.inputs.token_ids
         tables.embed(
@@ -89,4 +111,3 @@ class DecodeProgram:
         assert self._program is not None, "it has no layers"
         self._program.inputs = rows.inputs
         self._program.launch(num_tokens)
-        sample_rows(self.logits[:num_tokens], rows, mode, has_logprobs=has_logprobs)

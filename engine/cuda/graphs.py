@@ -18,7 +18,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
 
-    def run(self, kind: Hashable, key: Hashable, compute: Callable[[], None]) -> None:
+    def run(self, kind: Hashable, key: Hashable, compute: Callable[[], object]) -> None:
         """`compute` on the current stream. kind: of keys whose runs load the same code."""
         if kind not in self._seen or not self._is_gpu:
             self._seen.add(kind)

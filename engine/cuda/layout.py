@@ -26,6 +26,11 @@ class Layout:
         return tuple(c for c in self.chunks if c.is_sampled)
 
     @property
+    def sampled(self) -> tuple[ScheduledRequest, ...]:
+        """Every part that yields tokens, the lanes' before the chunks'."""
+        return tuple(p for lane in self.lanes for p in lane if p.is_sampled) + self.sampled_chunks
+
+    @property
     def first_chunk_row(self) -> int:
         return len(self.lanes) * MAX_TOKENS
 

@@ -42,7 +42,7 @@ class Ticket:
 
 def read_out(layout: Layout, rows: StepRows, prompt_logprobs: dict[str, Tensor]) -> Ticket:
     """Queue the copies of what the step has sampled."""
-    parts = [p for lane in layout.lanes for p in lane if p.is_sampled] + list(layout.sampled_chunks)
+    parts = layout.sampled
     first_rows = layout.first_sampled_rows()
     sampled = tuple((p, first_rows[p.request.request_id]) for p in parts)
     num_rows = max((row + 1 + len(p.draft_token_ids) for p, row in sampled), default=0)

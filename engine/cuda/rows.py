@@ -13,11 +13,12 @@ from engine.cuda.transfer import upload
 from engine.request import Request
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.scheduler import ScheduledRequest
+from engine.structured import fill_masks
 from kernels.cuda.program import BLOCK_TOKENS, MAX_TOKENS, StepInputs
-from kernels.sampling import Mode, RowParams, SamplingBatch
+from kernels.sampling import Mode, RowParams, SamplingBatch, allocate_masks, num_mask_words
 
 _INT64 = ("seed", "position")
-_INT32 = ("token_ids", "source", "positions", "sequences", "first_rows", "top_k")
+_INT32 = ("token_ids", "source", "positions", "sequences", "first_rows", "top_k", "is_masked")
 _PARAMS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _DTYPES = (
     [(n, np.int64) for n in _INT64] + [(n, np.int32) for n in _INT32] + [(n, np.float32) for n in _PARAMS]
@@ -55,7 +56,11 @@ class StepRows:
         self._token_ids, self._source, self._positions = (state[n] for n in _INT32[:3])
         self._positions.fill_(-1)  # all rows are padding
         self._sequences, self._first_rows = state["sequences"], state["first_rows"]
-        self._batch = SamplingBatch(**{n: state[n] for n in ("seed", "position", "top_k", *_PARAMS)})
+        # Masks are there from the beginning: graphs without them do not read them, and none is captured anew.
+        self._batch = SamplingBatch(
+            **{n: state[n] for n in ("seed", "position", "top_k", "is_masked", *_PARAMS)},
+            masks=allocate_masks(self.capacity, vocab_size, device),
+        )
         num_top = min(MAX_LOGPROBS, vocab_size)
         self.sampled = torch.zeros(self.capacity, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(self.capacity, device=device)
@@ -156,6 +161,19 @@ class StepRows:
         for row, part, offset in special:
             self._write_special(row, part, offset)
 
+    def load_masks(self, layout: Layout) -> None:
+        """Upload what may be sampled, in one copy. The requests' grammars stand where the step begins."""
+        first_rows, words = layout.first_sampled_rows(), num_mask_words(self.vocab_size)
+        parts = [p for p in layout.sampled if p.request.grammar is not None]
+        rows = [first_rows[p.request.request_id] + j for p in parts for j in range(p.num_sampled)]
+        if not rows:
+            return
+        assert self._batch.masks is not None
+        masks = np.empty((len(rows), words), dtype=np.int32)
+        fill_masks([(p.request.grammar, p.draft_token_ids) for p in parts if p.request.grammar], masks)
+        index = upload(np.array(rows, dtype=np.int64), self.device)
+        self._batch.masks.index_copy_(0, index, upload(masks, self.device))
+
     def _write_inputs(self, rows: dict[str, np.ndarray], at: int, first: int, part: ScheduledRequest) -> None:
         request, num_own = part.request, num_own_tokens(part)
         begin, end = part.num_computed_tokens, at + part.num_scheduled_tokens
@@ -235,6 +253,7 @@ def _write_params(rows: dict[str, np.ndarray], row: int, part: ScheduledRequest,
     rows["seed"][row] = (request.seed + (1 << 63)) % (1 << 64) - (1 << 63)
     rows["position"][row] = _output_index(part, offset)
     rows["top_k"][row] = min(params.top_k, (1 << 31) - 1)
+    rows["is_masked"][row] = request.grammar is not None
     for name in _PARAMS:
         rows[name][row] = getattr(params, name)
 

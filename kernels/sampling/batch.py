@@ -52,7 +52,8 @@ class SamplingBatch:
     [R]; top_k: int32 [R], 0 keeps all. seed: int64 [R], a seed modulo 2^64. position: int64 [R], output
     tokens so far. is_in_prompt: bool [R, V] and output_counts: int32 [R, V], None until a request has
     penalties. bias_ids: int32, bias_values: float32 [R, MAX_BIAS], bias_count: int32 [R], None until a
-    request has a bias; a row's ids are distinct.
+    request has a bias; a row's ids are distinct. masks: int32 [R, ceil(V / 32)], bit i % 32 of word i // 32
+    is set where the row may choose token i, and is_masked: int32 [R], whether it is bound to them.
     """
 
     temperature: Tensor
@@ -69,6 +70,8 @@ class SamplingBatch:
     bias_ids: Tensor | None = None
     bias_values: Tensor | None = None
     bias_count: Tensor | None = None
+    is_masked: Tensor | None = None
+    masks: Tensor | None = None
 
     @classmethod
     def allocate(cls, capacity: int, device: torch.device | str) -> "SamplingBatch":
@@ -108,6 +111,15 @@ class SamplingBatch:
             bias_ids=torch.zeros(shape, dtype=torch.int32, device=device),
             bias_values=torch.zeros(shape, device=device),
             bias_count=torch.zeros(self.capacity, dtype=torch.int32, device=device),
+        )
+
+    def with_masks(self, vocab_size: int) -> "SamplingBatch":
+        """The same tensors and those of masks, for rows that are not bound to them yet."""
+        device = self.temperature.device
+        return replace(
+            self,
+            is_masked=torch.zeros(self.capacity, dtype=torch.int32, device=device),
+            masks=allocate_masks(self.capacity, vocab_size, device),
         )
 
     def set_row(self, row: int, params: RowParams, seed: int, position: int = 0) -> None:
@@ -150,11 +162,21 @@ class SamplingBatch:
         self.output_counts[row].zero_().index_add_(0, output_ids, ones)
 
 
+def num_mask_words(vocab_size: int) -> int:
+    """int32 words of a row of `SamplingBatch.masks`."""
+    return -(-vocab_size // 32)
+
+
+def allocate_masks(capacity: int, vocab_size: int, device: torch.device | str) -> Tensor:
+    """Masks that allow everything."""
+    return torch.full((capacity, num_mask_words(vocab_size)), -1, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
     """What was chosen: token_ids, int32 [R].
 
-    Where logprobs are asked for, of the model's own distribution, before penalties and bias: logprobs,
+    Where logprobs are asked for, of the model's own distribution, before penalties, bias and mask: logprobs,
     float32 [R], of those tokens; top_ids int32 and top_logprobs float32 [R, n], best first.
     """
 

@@ -1,4 +1,7 @@
-"""Launches the sampling kernels: three for temperature alone, seven with filters, two for a greedy batch."""
+"""Launches the sampling kernels: three for temperature alone, seven with filters, two for a greedy batch.
+
+Penalties, biases and masks are one more each.
+"""
 
 import torch
 import triton
@@ -16,6 +19,7 @@ def sample(
     num_logprobs: int | None = None,
     mode: Mode = Mode.FILTERED,
     advance: bool = False,
+    has_masks: bool = False,
 ) -> Sampled:
     """See `kernels.sampling.sample`."""
     if logits.dtype != torch.float32 or not logits.is_contiguous():
@@ -32,6 +36,8 @@ def sample(
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     x = _adjust(logits, batch)
+    if has_masks:
+        x = _mask(logits, x, batch)
     best, low, raw_best, raw_sum = (scratch(num_rows, num_chunks) for _ in range(4))
     best_id = scratch(num_rows, num_chunks, dtype=torch.int32)
     draw.chunk_extremes[grid](
@@ -121,6 +127,18 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
             triton.next_power_of_2(capacity),
         )
     return x
+
+
+def _mask(logits: Tensor, x: Tensor, batch: SamplingBatch) -> Tensor:
+    """x with the rows' masks, in a tensor that is not the logits'."""
+    assert batch.masks is not None
+    assert batch.is_masked is not None
+    num_rows, vocab_size = x.shape
+    out = torch.empty_like(x) if x is logits else x
+    draw.mask[(triton.cdiv(vocab_size, CHUNK), num_rows)](
+        x, batch.is_masked, batch.masks, out, vocab_size, batch.masks.shape[1], CHUNK
+    )
+    return out
 
 
 def _find_thresholds(x: Tensor, batch: SamplingBatch, best: Tensor, low: Tensor, threshold: Tensor) -> None:

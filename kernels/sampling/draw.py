@@ -1,4 +1,4 @@
-"""From logits to one token a row: penalties and bias, extremes of chunks, weights of chunks, the draw."""
+"""From logits to one token a row: penalties, bias, mask, extremes of chunks, weights of chunks, the draw."""
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -47,6 +47,28 @@ def add_bias(ids_ptr, values_ptr, count_ptr, x_ptr, vocab_size, capacity, BLOCK:
     value = tl.load(values_ptr + row * capacity + at, is_set, other=0.0)
     x = tl.load(x_ptr + row * vocab_size + token, is_set, other=0.0)
     tl.store(x_ptr + row * vocab_size + token, x + value, is_set)
+
+
+@triton.jit
+def mask(
+    x_ptr,  # float32 [R, V]
+    is_masked_ptr,  # int32 [R]
+    masks_ptr,  # int32 [R, words]: bit i % 32 of word i // 32 for token i
+    out_ptr,  # float32 [R, V], written, also where it is x
+    vocab_size,
+    num_words,
+    CHUNK: tl.constexpr,
+):
+    """Of the bound rows, what their masks do not allow becomes -inf."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    is_token = token < vocab_size
+    at = row * vocab_size + token
+    x = tl.load(x_ptr + at, is_token, other=0.0)
+    if tl.load(is_masked_ptr + row) != 0:
+        words = tl.load(masks_ptr + row * num_words + token // 32, is_token, other=0)
+        x = tl.where((words >> (token % 32)) & 1 != 0, x, float("-inf"))
+    tl.store(out_ptr + at, x, is_token)
 
 
 @triton.jit

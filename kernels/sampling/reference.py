@@ -1,10 +1,10 @@
 """Sampling in plain torch: the specification of the kernels, itself without host synchronization.
 
 For each row: the raw distribution is kept for logprobs; repetition, then frequency and presence penalties
-(Keskar et al. 2019; OpenAI); bias; temperature; top-k; of what is left the nucleus (Holtzman et al. 2020);
-of that what is at least `min_p` times as likely as the best (Nguyen et al. 2024). Tokens tied with the last
-one that a cut keeps are kept as well. The draw inverts the distribution function in the order of token ids,
-at a number that is a hash of (seed, position).
+(Keskar et al. 2019; OpenAI); bias; mask; temperature; top-k; of what is left the nucleus (Holtzman et al.
+2020); of that what is at least `min_p` times as likely as the best (Nguyen et al. 2024). Tokens tied with the
+last one that a cut keeps are kept as well. The draw inverts the distribution function in the order of token
+ids, at a number that is a hash of (seed, position).
 """
 
 import torch
@@ -20,10 +20,13 @@ def sample(
     num_logprobs: int | None = None,
     mode: Mode = Mode.FILTERED,
     advance: bool = False,
+    has_masks: bool = False,
 ) -> Sampled:
     """See `kernels.sampling.sample`."""
     num_rows, vocab_size = logits.shape
     adjusted = _adjust(logits.float(), batch)
+    if has_masks:
+        adjusted = _masked(adjusted, batch)
     token_ids = adjusted.argmax(dim=-1)
     if mode is not Mode.GREEDY:
         temperature = batch.temperature[:num_rows].unsqueeze(1)
@@ -84,6 +87,23 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
         ids = torch.where(is_set, batch.bias_ids[:num_rows], 0).long()
         logits = logits.scatter_add(1, ids, values)
     return logits
+
+
+def allowed_tokens(masks: Tensor, vocab_size: int) -> Tensor:
+    """bool [R, vocab_size] of masks as in `SamplingBatch`, int32 [R, words]."""
+    bits = torch.arange(8, device=masks.device)
+    table = (torch.arange(256, device=masks.device).unsqueeze(1) >> bits & 1).bool()  # byte -> its bits
+    of_bytes = table[masks.view(torch.uint8).int()]
+    return of_bytes.view(len(masks), -1)[:, :vocab_size]
+
+
+def _masked(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    assert batch.masks is not None
+    assert batch.is_masked is not None
+    num_rows, vocab_size = logits.shape
+    is_free = (batch.is_masked[:num_rows] == 0).unsqueeze(1)
+    is_allowed = allowed_tokens(batch.masks[:num_rows], vocab_size) | is_free
+    return torch.where(is_allowed, logits, float("-inf"))
 
 
 def _weights(logits: Tensor, temperature: Tensor) -> Tensor:

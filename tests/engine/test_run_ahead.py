@@ -10,6 +10,7 @@ from engine.request import RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
+from engine.structured import ConstrainedArrivals
 from tests.engine.test_scheduler import EOS, add, make_scheduler, plan
 
 
@@ -186,6 +187,7 @@ def core() -> EngineCore:
     core.scheduler = make_scheduler()
     core.kv_cache = core.scheduler.kv_cache
     core.runner = LateRunner()  # type: ignore[assignment]
+    core._constrained = ConstrainedArrivals(None)  # type: ignore[arg-type]
     core._in_flight = None
     core._prompt_logprobs = {}
     core._total_steps = core._total_prompt_tokens = core._total_cached_tokens = core._total_output_tokens = 0
