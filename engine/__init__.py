@@ -22,6 +22,7 @@ from engine.outputs import (
     StepTimes,
     TokenLogprob,
 )
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 from engine.step_cost import StepCost
 from engine.urgency import MAX_PRIORITY, Urgency
@@ -39,6 +40,7 @@ __all__ = [
     "ModelLoadError",
     "OutOfMemoryError",
     "ParameterError",
+    "PoolingParams",
     "PositionLogprobs",
     "PromptTooLongError",
     "RequestOutput",

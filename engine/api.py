@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepTimes
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -73,6 +74,21 @@ class InferenceEngine(Protocol):
         Raises:
             PromptTooLongError, ParameterError: before the first output.
             EngineDeadError: when the core stopped.
+        """
+        ...
+
+    def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: PoolingParams,
+        *,
+        request_id: str,
+        arrival_time: float | None = None,
+        urgency: Urgency = NOT_URGENT,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Compute a prompt of up to `max_model_len` tokens: one output, with its `embedding`.
+
+        Closing the iterator aborts the request. Arguments and errors as for `generate`.
         """
         ...
 

@@ -26,6 +26,7 @@ from engine.messages import (
 )
 from engine.output_processor import OutputProcessor
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepKind, StepTimes
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 from engine.structured import GrammarCompiler, GrammarsUnavailableError
 from engine.tokenizer import Tokenizer
@@ -164,6 +165,30 @@ class AsyncEngine:
         finally:
             self._drop(request_id)
 
+    async def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: PoolingParams,
+        *,
+        request_id: str,
+        arrival_time: float | None = None,
+        urgency: Urgency = NOT_URGENT,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """See `InferenceEngine.embed`."""
+        arrival = time.monotonic() if arrival_time is None else arrival_time
+        prompt = self._check_tokens(prompt_token_ids, request_id, self.model.max_model_len)
+        stream: asyncio.Queue[_StreamItem] = asyncio.Queue()
+        self._streams[request_id] = stream
+        self._sequences[request_id] = set()
+        try:
+            self._submit(request_id, 0, prompt, SamplingParams(), arrival, urgency, stream, params)
+            output = await stream.get()
+            if isinstance(output, EngineDeadError):
+                raise output
+            yield output
+        finally:
+            self._drop(request_id)
+
     async def abort(self, request_id: str) -> None:
         """See `InferenceEngine.abort`. The request's stream ends with finish_reason `abort`."""
         open_sequences = self._sequences.get(request_id)
@@ -202,20 +227,27 @@ class AsyncEngine:
     def _check_prompt(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
     ) -> tuple[int, ...]:
-        if self._failure is not None:
-            raise EngineDeadError(str(self._failure))
         model = self.model
-        if not prompt_token_ids:
-            raise ParameterError("prompt", "must have at least one token")
-        if len(prompt_token_ids) >= model.max_model_len:
-            raise PromptTooLongError(len(prompt_token_ids), model.max_model_len)
-        if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < model.vocab_size:
-            raise ParameterError("prompt", f"token ids must be in [0, {model.vocab_size - 1}]")
+        prompt = self._check_tokens(prompt_token_ids, request_id, model.max_model_len - 1)
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             if any(token_id >= model.vocab_size for token_id in ids):
                 raise ParameterError(name, f"token ids must be in [0, {model.vocab_size - 1}]")
         if params.top_k > model.vocab_size:
             raise ParameterError("top_k", f"must be at most the vocabulary size, {model.vocab_size}")
+        return prompt
+
+    def _check_tokens(
+        self, prompt_token_ids: Sequence[int], request_id: str, max_tokens: int
+    ) -> tuple[int, ...]:
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
+        vocab_size = self.model.vocab_size
+        if not prompt_token_ids:
+            raise ParameterError("prompt", "must have at least one token")
+        if len(prompt_token_ids) > max_tokens:
+            raise PromptTooLongError(len(prompt_token_ids), self.model.max_model_len)
+        if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
+            raise ParameterError("prompt", f"token ids must be in [0, {vocab_size - 1}]")
         if request_id in self._streams:
             raise ParameterError("request_id", f"{request_id!r} is in use")
         return tuple(prompt_token_ids)
@@ -237,6 +269,7 @@ class AsyncEngine:
         arrival: float,
         urgency: Urgency,
         stream: asyncio.Queue[_StreamItem],
+        pooling: PoolingParams | None = None,
     ) -> None:
         sequence_id = f"{request_id}#{index}"
         own = params
@@ -252,7 +285,7 @@ class AsyncEngine:
             stream.put_nowait(output)
 
         self._processor.add(sequence_id, request_id, index, prompt, own, arrival, deliver, urgency)
-        self._carrier.send(AddRequest(sequence_id, prompt, own, arrival, urgency))
+        self._carrier.send(AddRequest(sequence_id, prompt, own, arrival, urgency, pooling))
 
     def _drop(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -12,6 +13,7 @@ from engine.messages import AbortRequests, AddRequest, RawLogprobs, StepOutputs,
 from engine.model_runner import Runner, StepResult, create_runner
 from engine.outputs import EngineStats, ModelInfo
 from engine.pacing import StepPacer
+from engine.pooling import PooledPrompts
 from engine.request import Request, RequestStatus
 from engine.sampler import SampledToken
 from engine.sampling_params import SamplingParams
@@ -59,6 +61,7 @@ class EngineCore:
         self._constrained = ConstrainedArrivals(self.grammars)
         self._in_flight: tuple[SchedulerOutput, Any] | None = None  # a plan and the runner's ticket for it
         self._prompt_logprobs: dict[str, list[RawLogprobs]] = {}
+        self._pooled = PooledPrompts()
         self._total_steps = 0
         self._total_prompt_tokens = 0
         self._total_cached_tokens = 0
@@ -106,6 +109,7 @@ class EngineCore:
             max_model_len=self.runner.max_model_len,
             arrival_time=message.arrival_time,
             urgency=message.urgency,
+            pooling=message.pooling,
         )
         if message.params.constraint is None:
             self.scheduler.add_request(request)
@@ -227,15 +231,20 @@ class EngineCore:
         plan = self.scheduler.schedule()
         for request_id in plan.preempted_ids:
             self._prompt_logprobs.pop(request_id, None)  # computed again from the start
+            self._pooled.forget(request_id)
         return plan
 
     def _update(self, plan: SchedulerOutput, result: StepResult) -> list[TokenOutput]:
         self._last_plan = plan
         self._collect_prompt_logprobs(plan, result)
+        self._collect_pooled(plan, result)
         sampled = {k: [t.token_id for t in tokens] for k, tokens in result.sampled.items()}
         outputs: list[TokenOutput] = []
         for request, token_ids in self.scheduler.update(plan, sampled):
-            outputs += self._emit(request, result.sampled[request.request_id][: len(token_ids)])
+            if request.pooling is None:
+                outputs += self._emit(request, result.sampled[request.request_id][: len(token_ids)])
+            else:
+                outputs.append(self._emit_embedding(request))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -266,8 +275,7 @@ class EngineCore:
         self._total_output_tokens += len(tokens)
         prompt_logprobs = None
         if request.num_output_tokens == 1:  # a first token comes alone: drafts are for decoding requests
-            self._total_prompt_tokens += request.num_prompt_tokens
-            self._total_cached_tokens += request.num_cached_tokens
+            self._count_prompt(request)
             if request.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
         if request.status.is_finished:
@@ -275,6 +283,16 @@ class EngineCore:
         *accepted, last = tokens
         outputs = [_output_of(request, token, None, is_last=False) for token in accepted]
         return [*outputs, _output_of(request, last, prompt_logprobs)]
+
+    def _emit_embedding(self, request: Request) -> TokenOutput:
+        self._count_prompt(request)
+        embedding = self._pooled.take(request)
+        self._forget(request.request_id)
+        return replace(_output_of(request, None, None), embedding=embedding)
+
+    def _count_prompt(self, request: Request) -> None:
+        self._total_prompt_tokens += request.num_prompt_tokens
+        self._total_cached_tokens += request.num_cached_tokens
 
     def _collect_prompt_logprobs(self, plan: SchedulerOutput, result: StepResult) -> None:
         for part in plan.scheduled if result.prompt_logprobs else ():
@@ -285,9 +303,16 @@ class EngineCore:
             if entries and is_running and part.request.num_output_tokens == 0:
                 self._prompt_logprobs.setdefault(request_id, []).extend(entries)
 
+    def _collect_pooled(self, plan: SchedulerOutput, result: StepResult) -> None:
+        for part in plan.scheduled if result.pooled else ():
+            chunk = result.pooled.get(part.request.request_id)
+            if chunk is not None and part.request.status is RequestStatus.RUNNING:
+                self._pooled.add(part.request, chunk)
+
     def _forget(self, request_id: str) -> None:
         self.runner.forget(request_id)
         self._prompt_logprobs.pop(request_id, None)
+        self._pooled.forget(request_id)
 
 
 def _aborted(request: Request) -> TokenOutput:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.outputs import EngineStats, FinishReason, ModelInfo, StepKind
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 from engine.urgency import NOT_URGENT, Urgency
 
@@ -12,13 +13,14 @@ RawLogprobs = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """One sequence to generate (one choice of a request)."""
+    """One sequence to generate (one choice of a request), or with `pooling` one prompt to embed."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival_time: float
     urgency: Urgency = NOT_URGENT
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class TokenOutput:
     first_scheduled_time: float | None
     logprobs: RawLogprobs | None = None
     prompt_logprobs: tuple[RawLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
+    """In place of a token."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 

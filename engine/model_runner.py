@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from engine.models.build import build_model
 from engine.models.llama import KVCache, LlamaModel
 from engine.models.rope import rope_limit
 from engine.outputs import ModelInfo
+from engine.pooling import pool_chunk
 from engine.request import Request
 from engine.sampler import SampledToken, Sampler, position_logprobs
 from engine.sampling_params import SamplingParams
@@ -40,11 +41,13 @@ _LOGPROB_ROWS = 64
 class StepResult:
     """What a step yields, by request id: the new tokens in order, accepted drafts before the last one.
 
-    Prompt logprobs come chunk by chunk.
+    Prompt logprobs come chunk by chunk, and so does what `pool_chunk` makes of prompts to be embedded:
+    float32 [hidden], on the CPU.
     """
 
     sampled: dict[str, list[SampledToken]]
     prompt_logprobs: dict[str, list[RawLogprobs]]
+    pooled: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -183,11 +186,12 @@ class ModelRunner:
         step = self.batch.prepare(output)
         hidden = self.model.forward(step.token_ids, self.kv_cache, step.metadata)
         prompt_logprobs = self._prompt_logprobs(hidden, output)
+        pooled = self._pool(hidden, output)
         if not step.sampled:
-            return StepResult({}, prompt_logprobs)
+            return StepResult({}, prompt_logprobs, pooled)
         rows = hidden if len(step.rows) == len(hidden) else hidden[step.sampled_indices]
         tokens = self.sampler.sample(self.model.logits(rows), step.rows)
-        return StepResult(accept(step.sampled, tokens), prompt_logprobs)
+        return StepResult(accept(step.sampled, tokens), prompt_logprobs, pooled)
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that left the batch."""
@@ -225,6 +229,17 @@ class ModelRunner:
             first = last
         return result
 
+    def _pool(self, hidden: Tensor, output: SchedulerOutput) -> dict[str, Tensor]:
+        pooled: dict[str, Tensor] = {}
+        norm, eps, first = self.model.weights.final_norm, self.model.config.rms_norm_eps, 0
+        for part in output.scheduled:
+            last = first + part.num_scheduled_tokens
+            if (params := part.request.pooling) is not None:
+                chunk = pool_chunk(hidden[first:last], norm, eps, params)
+                pooled[part.request.request_id] = chunk.cpu()
+            first = last
+        return pooled
+
     def _logprobs_of(self, hidden: Tensor, token_ids: list[int], num_top: int) -> list[RawLogprobs]:
         entries: list[RawLogprobs] = []
         for i in range(0, len(token_ids), _LOGPROB_ROWS):
@@ -251,6 +266,7 @@ class ModelRunner:
             vocab_size=checkpoint.config.vocab_size,
             weight_bytes=sum(t.nbytes for t in tensors),
             weight_format=checkpoint.weight_format if packed else str(dtype).removeprefix("torch."),
+            hidden_size=checkpoint.config.hidden_size,
         )
 
 

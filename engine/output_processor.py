@@ -137,6 +137,8 @@ class OutputProcessor:
         stop_reason: str | int | None = output.stop_reason
         text = ""
         token_ids: tuple[int, ...] = ()
+        if output.embedding is not None:
+            choice.times.note(time, self._gaps)
         if output.token_id is not None:
             choice.times.note(time, self._gaps)
             token_ids = (output.token_id,)
@@ -169,6 +171,7 @@ class OutputProcessor:
                 finish_reason=finish_reason,
                 stop_reason=stop_reason,
                 first_scheduled_s=choice.first_scheduled_time,
+                embedding=output.embedding,
             )
         )
         return finish_reason is not None

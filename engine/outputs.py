@@ -55,6 +55,8 @@ class RequestOutput:
     stop_reason: str | int | None = None
     first_scheduled_s: float | None = None
     """time.monotonic() of the choice's first step; None where the engine does not say."""
+    embedding: tuple[float, ...] | None = None
+    """Of a prompt that was to be embedded: `ModelInfo.hidden_size` numbers, a vector of length 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +135,5 @@ class ModelInfo:
     vocab_size: int
     weight_bytes: int
     weight_format: str
+    hidden_size: int = 0
+    """Numbers of an embedding."""

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 
 from engine.outputs import FinishReason
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 from engine.speculation import Drafter
 from engine.structured import GrammarState
@@ -41,7 +42,8 @@ class Request:
     `num_computed_tokens` counts the tokens whose keys and values lie in the KV cache; a request is in
     prefill while more than one token is missing there. With a step in flight it counts that step's tokens
     too, and `num_pending_tokens` those that the step samples, drafts included: their ids are still on the
-    device. `block_ids` and `block_hashes` belong to the KVCacheManager. `drafter` is there from the first
+    device. `block_ids` and `block_hashes` belong to the KVCacheManager. With `pooling` the request ends with
+    its prompt: nothing is sampled. `drafter` is there from the first
     decode step on where drafts are allowed. `grammar` stands behind the output's last token where there is a
     constraint; without its mask no token may be sampled.
     """
@@ -62,6 +64,7 @@ class Request:
         "num_prompt_tokens",
         "num_remembered_blocks",
         "params",
+        "pooling",
         "request_id",
         "seed",
         "status",
@@ -78,9 +81,11 @@ class Request:
         max_model_len: int,
         arrival_time: float = 0.0,
         urgency: Urgency = NOT_URGENT,
+        pooling: PoolingParams | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
+        self.pooling = pooling
         self.seed = params.seed if params.seed is not None else random.getrandbits(64)
         self.arrival_time = arrival_time
         self.arrival_number = 0  # the scheduler's
@@ -99,10 +104,9 @@ class Request:
         self.num_remembered_blocks = 0
         self.drafter: Drafter | None = None
         self.grammar: GrammarState | None = None
-        if not 0 < self.num_prompt_tokens < max_model_len:
-            raise ValueError(
-                f"{request_id}: {self.num_prompt_tokens} prompt tokens, limit {max_model_len - 1}"
-            )
+        limit = max_model_len if pooling is not None else max_model_len - 1
+        if not 0 < self.num_prompt_tokens <= limit:
+            raise ValueError(f"{request_id}: {self.num_prompt_tokens} prompt tokens, limit {limit}")
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +136,9 @@ class Request:
 
     @property
     def can_use_prefix_cache(self) -> bool:
-        # Prompt logprobs need the logits of every prompt position, so every position is computed.
+        # Prompt logprobs and a mean need something of every prompt position, so every position is computed.
+        if self.pooling is not None and self.pooling.needs_every_token:
+            return False
         return self.params.prompt_logprobs is None
 
     def __repr__(self) -> str:

@@ -33,8 +33,13 @@ class ScheduledRequest:
         """The chunk reaches the request's last token, so the step yields a new one (and one for each draft).
 
         Holds until the step's results are taken in, also while the last token is pending (then the chunk ends
-        behind the known ones).
+        behind the known ones). A prompt that is embedded yields none.
         """
+        return self.request.pooling is None and self.is_last
+
+    @property
+    def is_last(self) -> bool:
+        """The chunk reaches the request's last known token."""
         num_own = self.num_scheduled_tokens - len(self.draft_token_ids)
         return self.num_computed_tokens + num_own >= self.request.num_tokens
 
@@ -189,7 +194,8 @@ class Scheduler:
                 budget -= num_tokens
 
         budget = self.pacer.max_prompt_tokens(len(scheduled), budget, self.num_waiting_tokens)
-        prefills = sorted((r for r in self.running if not r.is_decoding), key=_turn)
+        # A prompt to be embedded whose last chunk is in flight has nothing left to compute.
+        prefills = sorted((r for r in self.running if not r.is_decoding and r.num_missing_tokens), key=_turn)
         # Only requests of a smaller number start: who gave way a moment ago would take the room back, and who
         # found none waits for it.
         ceiling = self._least_priority(preempted)
@@ -262,7 +268,8 @@ class Scheduler:
 
         One token a request, or up to one more than its drafts. Requests that ended while the step ran are
         skipped. Returns the requests with the new tokens that count (none after one that ends its
-        request); finished ones have left the scheduler and carry their final status.
+        request), and without tokens those whose prompts were to be embedded and are computed; finished ones
+        have left the scheduler and carry their final status.
         """
         if self._in_flight and self._in_flight[0] is output:
             self._in_flight.popleft()
@@ -286,9 +293,11 @@ class Scheduler:
             if request.drafter is not None:
                 request.drafter.observe(token_ids)
             self.kv_cache.cache_computed_blocks(request)
+            if request.pooling is not None and part.is_last:
+                status = RequestStatus.FINISHED_STOPPED
             if status is not None:
                 self.finish_request(request.request_id, status)
-            if token_ids:
+            if token_ids or status is not None:
                 news.append((request, token_ids))
         return news
 

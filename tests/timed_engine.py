@@ -16,6 +16,7 @@ from engine import (
     EngineDeadError,
     EngineStats,
     ModelInfo,
+    PoolingParams,
     RequestOutput,
     RequestTimings,
     SamplingParams,
@@ -136,6 +137,17 @@ class TimedEngine:
                     return
         finally:
             self._leave(sequence)
+
+    def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: PoolingParams,
+        *,
+        request_id: str,
+        arrival_time: float | None = None,
+        urgency: Urgency = NOT_URGENT,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        raise NotImplementedError("the double has no vectors")
 
     async def abort(self, request_id: str) -> None:
         for sequence in [s for s in self._sequences if s.request_id == request_id]:

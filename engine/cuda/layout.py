@@ -63,15 +63,20 @@ def needs_prompt_logprobs(part: ScheduledRequest) -> bool:
     return request.params.prompt_logprobs is not None and has_any
 
 
+def needs_hidden(part: ScheduledRequest) -> bool:
+    """Whether more is read of the part's residual stream than what its tokens are sampled from."""
+    return part.request.pooling is not None or needs_prompt_logprobs(part)
+
+
 def lay_out(scheduled: Sequence[ScheduledRequest], *, keeps_chunks: bool = False) -> Layout:
     """Single tokens and drafts go into lanes; so do chunks as long as one launch more computes them all.
 
     A chunk of few tokens is cheaper there than to dequantize every matrix for it; with `keeps_chunks` it
     stays a chunk.
     """
-    single = [p for p in scheduled if num_own_tokens(p) == 1 and not needs_prompt_logprobs(p)]
-    chunks = [p for p in scheduled if num_own_tokens(p) > 1 or needs_prompt_logprobs(p)]
-    is_little = num_tokens_of(chunks) <= MAX_TOKENS and not any(map(needs_prompt_logprobs, chunks))
+    single = [p for p in scheduled if num_own_tokens(p) == 1 and not needs_hidden(p)]
+    chunks = [p for p in scheduled if num_own_tokens(p) > 1 or needs_hidden(p)]
+    is_little = num_tokens_of(chunks) <= MAX_TOKENS and not any(map(needs_hidden, chunks))
     if is_little and not keeps_chunks:
         single, chunks = single + chunks, []
     lanes: list[list[ScheduledRequest]] = []

@@ -1,7 +1,7 @@
 """A step's results on their way to the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,22 +26,32 @@ class _Logprobs:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ChunkResults:
+    """What a step's chunks yield beside tokens, by request id.
+
+    prompt_logprobs: float64 [positions, 1 + n, 2], (token id, logprob). pooled: float32 [hidden].
+    """
+
+    prompt_logprobs: dict[str, Tensor] = field(default_factory=dict)
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Ticket:
     """Host copies that are filled once `completion` is reached.
 
-    sampled: each sampled part and the row of its first new token. tokens: int32 [R]. prompt_logprobs: float64
-    [positions, 1 + n, 2], (token id, logprob), by request id.
+    sampled: each sampled part and the row of its first new token. tokens: int32 [R].
     """
 
     sampled: tuple[tuple[ScheduledRequest, int], ...]
     tokens: Tensor
     logprobs: _Logprobs | None
-    prompt_logprobs: dict[str, Tensor]
+    chunks: ChunkResults
     completion: Completion
 
 
-def read_out(layout: Layout, rows: StepRows, prompt_logprobs: dict[str, Tensor]) -> Ticket:
-    """Queue the copies of what the step has sampled."""
+def read_out(layout: Layout, rows: StepRows, chunks: ChunkResults) -> Ticket:
+    """Queue the copies of what the step has sampled, and its chunks yielded."""
     parts = layout.sampled
     first_rows = layout.first_sampled_rows()
     sampled = tuple((p, first_rows[p.request.request_id]) for p in parts)
@@ -54,7 +64,7 @@ def read_out(layout: Layout, rows: StepRows, prompt_logprobs: dict[str, Tensor])
         sampled,
         download(rows.sampled[:num_rows]),
         logprobs,
-        {k: download(t) for k, t in prompt_logprobs.items()},
+        ChunkResults(_downloaded(chunks.prompt_logprobs), _downloaded(chunks.pooled)),
         Completion(rows.device),
     )
 
@@ -68,8 +78,8 @@ def collect(ticket: Ticket) -> StepResult:
         for part, first in ticket.sampled
         for row in range(first, first + 1 + len(part.draft_token_ids))
     ]
-    prompt_logprobs = {k: _entries(t) for k, t in ticket.prompt_logprobs.items()}
-    return StepResult(accept([p for p, _ in ticket.sampled], tokens), prompt_logprobs)
+    prompt_logprobs = {k: _entries(t) for k, t in ticket.chunks.prompt_logprobs.items()}
+    return StepResult(accept([p for p, _ in ticket.sampled], tokens), prompt_logprobs, ticket.chunks.pooled)
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> Tensor:
@@ -79,6 +89,10 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> Tenso
     values, ids = logprobs.topk(num_top, dim=-1)
     ids, values = torch.cat([index, ids], dim=1), torch.cat([logprobs.gather(1, index), values], dim=1)
     return torch.stack([ids.double(), values.double()], dim=-1)
+
+
+def _downloaded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {request_id: download(tensor) for request_id, tensor in tensors.items()}
 
 
 def _entries(pairs: Tensor) -> list[RawLogprobs]:

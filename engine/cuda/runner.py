@@ -11,15 +11,24 @@ from engine.config import EngineConfig
 from engine.cuda.batch import MIN_ROWS, BatchProgram
 from engine.cuda.decode import DecodeProgram
 from engine.cuda.layers import DIRECT_TOKENS, Layers, workspace_bytes
-from engine.cuda.layout import MAX_DRAFTS, Layout, lay_out, max_lanes, needs_prompt_logprobs, num_tokens_of
+from engine.cuda.layout import (
+    MAX_DRAFTS,
+    Layout,
+    lay_out,
+    max_lanes,
+    needs_hidden,
+    needs_prompt_logprobs,
+    num_tokens_of,
+)
 from engine.cuda.prefill import Chunk, Prefill, chunk_sizes, padded_tokens
-from engine.cuda.results import Ticket, collect, logprobs_of, read_out
+from engine.cuda.results import ChunkResults, Ticket, collect, logprobs_of, read_out
 from engine.cuda.rows import StepRows, mode_of
 from engine.cuda.weights import DeviceWeights, UnsupportedError, load_weights
 from engine.errors import ParameterError
 from engine.model_runner import DEFAULT_TOKEN_BUDGET, StepResult, resolve_device, size_kv_cache
 from engine.models.rope import rope_limit
 from engine.outputs import ModelInfo
+from engine.pooling import pool_chunk
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledRequest, SchedulerOutput
@@ -63,6 +72,7 @@ class CudaModelRunner:
         limit = rope_limit(shape)
         self.max_model_len = min(config.max_model_len or limit, limit)
         self._max_num_seqs = config.max_num_seqs
+        self._eps = shape.rms_norm_eps
         weights = self.weights = load_weights(checkpoint, self.max_model_len, self.device)
         chunk = min(self.token_budget, self.max_model_len)
         if self.device.type == "cuda":
@@ -124,10 +134,9 @@ class CudaModelRunner:
             self.rows.load_masks(layout)
             if joins:
                 self._run_jointly(layout)
-                return read_out(layout, self.rows, {})
+                return read_out(layout, self.rows, ChunkResults())
             self._run_lanes(layout, goes_on)
-            prompt_logprobs = self._run_chunks(layout)
-            return read_out(layout, self.rows, prompt_logprobs)
+            return read_out(layout, self.rows, self._run_chunks(layout))
 
     def can_sample_late(self, num_decodes: int) -> bool:
         """Whether so many decodes are one pass, whose logits stay where they are until they are sampled."""
@@ -236,10 +245,10 @@ class CudaModelRunner:
             [lane] = layout.lanes
             self.decode.sample_masked(0, num_tokens_of(lane), mode, has_logprobs=has_logprobs)
 
-    def _run_chunks(self, layout: Layout) -> dict[str, Tensor]:
-        """Compute the chunks and sample those that end their prompts; prompt logprobs by request id."""
+    def _run_chunks(self, layout: Layout) -> ChunkResults:
+        """Compute the chunks and sample those that end their prompts."""
         if not layout.chunks:
-            return {}
+            return ChunkResults()
         hidden = self.prefill.forward([self._chunk(p) for p in layout.chunks])
         return self._sample_chunks(layout, hidden)
 
@@ -250,7 +259,7 @@ class CudaModelRunner:
         return (
             self.is_joint(len(decodes), num_tokens)
             and sum(p.num_computed_tokens for p in decodes) <= _JOINT_KEYS
-            and not any(p.draft_token_ids or needs_prompt_logprobs(p) for p in scheduled)
+            and not any(p.draft_token_ids or needs_hidden(p) for p in scheduled)
         )
 
     def _run_jointly(self, layout: Layout) -> None:
@@ -266,14 +275,16 @@ class CudaModelRunner:
             )
         self._sample_chunks(layout, hidden[len(decodes) :])
 
-    def _sample_chunks(self, layout: Layout, hidden: Tensor) -> dict[str, Tensor]:
-        """Sample where prompts end, from the chunks' residual stream; prompt logprobs by request id."""
-        prompt_logprobs: dict[str, Tensor] = {}
+    def _sample_chunks(self, layout: Layout, hidden: Tensor) -> ChunkResults:
+        """Sample where prompts end, from the chunks' residual stream."""
+        results = ChunkResults()
         last, first = [], 0
         for part in layout.chunks:
+            own, request_id = hidden[first : first + part.num_scheduled_tokens], part.request.request_id
             if needs_prompt_logprobs(part):
-                own = hidden[first : first + part.num_scheduled_tokens]
-                prompt_logprobs[part.request.request_id] = self._prompt_logprobs(part, own)
+                results.prompt_logprobs[request_id] = self._prompt_logprobs(part, own)
+            if (pooling := part.request.pooling) is not None:
+                results.pooled[request_id] = pool_chunk(own, self.weights.final_norm, self._eps, pooling)
             first += part.num_scheduled_tokens
             if part.is_sampled:
                 last.append(first - 1)
@@ -287,7 +298,7 @@ class CudaModelRunner:
                 has_logprobs=_want_logprobs(group),
                 has_masks=_have_masks(group),
             )
-        return prompt_logprobs
+        return results
 
     def _chunk(self, part: ScheduledRequest) -> Chunk:
         begin = part.num_computed_tokens
@@ -340,4 +351,5 @@ def _describe(
         vocab_size=checkpoint.config.vocab_size,
         weight_bytes=sum(m.nbytes for m in matrices) + sum(v.nbytes for v in vectors),
         weight_format=checkpoint.weight_format,
+        hidden_size=checkpoint.config.hidden_size,
     )

@@ -6,6 +6,7 @@ from engine.core import EngineCore
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AbortRequests
 from engine.model_runner import StepResult
+from engine.pooling import PooledPrompts
 from engine.request import RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler, SchedulerOutput
@@ -190,6 +191,7 @@ def core() -> EngineCore:
     core._constrained = ConstrainedArrivals(None)  # type: ignore[arg-type]
     core._in_flight = None
     core._prompt_logprobs = {}
+    core._pooled = PooledPrompts()
     core._total_steps = core._total_prompt_tokens = core._total_cached_tokens = core._total_output_tokens = 0
     core._last_step_s = 0.0
     return core
