@@ -1,13 +1,15 @@
 """One call as JSON, read while it is written.
 
 Incremental JSON libraries give out values; arguments must go out as the text that the model writes. So
-this finds where values end, and `json` reads what is whole.
+this finds where values end; a library reads what is whole.
 """
 
 import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from pydantic_core import from_json
 
 _HEAD = re.compile(
     r'\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL
@@ -106,13 +108,13 @@ class CallObject:
     def _read_whole(self) -> str:
         """The arguments of a call whose members stand in another order, or whose arguments are no object."""
         try:
-            call = json.loads(self.raw)
+            call = from_json(self.raw, allow_inf_nan=False)
         except ValueError:
             call = {}
         name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):  # encoded twice
             try:
-                arguments = json.loads(arguments or "{}")
+                arguments = from_json(arguments or "{}", allow_inf_nan=False)
             except ValueError:
                 arguments = False
         if not isinstance(name, str) or not isinstance(arguments, dict | None):
@@ -124,7 +126,7 @@ class CallObject:
 
 def _string(text: str) -> str | None:
     try:
-        value: str = json.loads(text)
+        value: str = from_json(text)
     except ValueError:
         return None
     return value

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from engine import ParameterError
 from serving.tools.definitions import Message, ToolDefinition
 from serving.tools.syntax import HERMES, CallSyntax
@@ -79,7 +81,7 @@ def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition
 def _arguments(text: str, message: int, call: int) -> Mapping[str, Any]:
     """Clients send an empty text for a call without arguments."""
     try:
-        arguments = json.loads(text or "{}")
+        arguments = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
