@@ -150,7 +150,7 @@ class CudaModelRunner:
         with torch.cuda.stream(self._stream):
             self.rows.load_masks(ticket)
             self._sample_lanes(ticket)
-            return read_out(ticket, self.rows, {})
+            return read_out(ticket, self.rows, ChunkResults())
 
     def collect(self, ticket: Ticket | Layout) -> StepResult:
         """Wait for a step's results. Raises EngineDeadError if the GPU does not deliver them."""

@@ -36,7 +36,10 @@ def grammar_of(constraint: Constraint) -> str:
             case "json_object":
                 return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_OPTIONS)
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(constraint.value, overrides=_JSON_OPTIONS)
+                schema = {"true": "{}", "false": '{"enum": []}'}.get(
+                    constraint.value.strip(), constraint.value
+                )
+                return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
             case kind:
                 return grammar_from(kind, constraint.value)
     except ValueError as error:

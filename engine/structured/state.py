@@ -49,21 +49,20 @@ def fill_masks(wanted: Sequence[tuple[GrammarState, Sequence[int]]], out: NDArra
     A state has one row, and behind it one for each of its drafts, which `num_accepted` has let through. The
     states stay where they are. Rows of a failed state allow everything: its next `accept` says no.
     """
-    num_bytes = out.shape[1] * out.itemsize
-    first, at = 0, []
-    for _, drafts in wanted:
-        at.append(first)
+    placed, first = [], 0
+    for state, drafts in wanted:
+        placed.append((state.matcher, drafts, first))
         first += 1 + len(drafts)
     assert first == len(out)
     assert out.flags.c_contiguous
-    if len(wanted) >= _MIN_PARALLEL:
-        rows = [(state.matcher, row, list(drafts)) for (state, drafts), row in zip(wanted, at, strict=True)]
-        _executor().unsafe_compute_mask_ptr_with_draft_token(rows, out.ctypes.data, num_bytes, len(out))
-    else:
-        for (state, drafts), row in zip(wanted, at, strict=True):
-            _fill_in_turn(state.matcher, drafts, out[row:])
-    for (state, drafts), row in zip(wanted, at, strict=True):
-        if state.matcher.is_error():
+    alone = [(matcher, row) for matcher, drafts, row in placed if not drafts]
+    if len(alone) >= _MIN_PARALLEL:
+        num_bytes = out.shape[1] * out.itemsize
+        _executor().unsafe_compute_mask_ptr(alone, out.ctypes.data, num_bytes, len(out))
+    for matcher, drafts, row in placed:
+        if drafts or len(alone) < _MIN_PARALLEL:
+            _fill_in_turn(matcher, drafts, out[row:])
+        if matcher.is_error():
             out[row : row + 1 + len(drafts)] = -1
 
 

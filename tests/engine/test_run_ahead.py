@@ -11,6 +11,7 @@ from engine.request import RequestStatus
 from engine.sampler import SampledToken
 from engine.scheduler import Scheduler, SchedulerOutput
 from engine.speculation import DraftPolicy
+from engine.step_cost import StepCostMeter
 from engine.structured import ConstrainedArrivals
 from tests.engine.test_scheduler import EOS, add, make_scheduler, plan
 
@@ -189,6 +190,7 @@ def core() -> EngineCore:
     core.kv_cache = core.scheduler.kv_cache
     core.runner = LateRunner()  # type: ignore[assignment]
     core._constrained = ConstrainedArrivals(None)  # type: ignore[arg-type]
+    core._step_costs = StepCostMeter()
     core._in_flight = None
     core._prompt_logprobs = {}
     core._pooled = PooledPrompts()
