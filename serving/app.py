@@ -8,6 +8,7 @@ from serving.api.anthropic.messages import messages_router
 from serving.api.anthropic.models import anthropic_models_router
 from serving.api.chat import chat_router
 from serving.api.completions import completions_router
+from serving.api.embeddings import embeddings_router
 from serving.api.operations import operations_router
 from serving.api.tokens import tokens_router
 from serving.errors import ErrorResponse, install_error_handlers
@@ -40,7 +41,7 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peer
     install_error_handlers(app)
     for anthropic_router in (messages_router, anthropic_models_router):
         app.include_router(anthropic_router(state))
-    for router in (chat_router, completions_router, tokens_router, operations_router):
+    for router in (chat_router, completions_router, embeddings_router, tokens_router, operations_router):
         app.include_router(router(state, _RESPONSES))
     if state.gate is not None:
         app.include_router(usage_router(state.gate, _RESPONSES))

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from engine import InferenceEngine, RequestOutput, SamplingParams, Urgency
+from engine import InferenceEngine, PoolingParams, RequestOutput, SamplingParams, Urgency
 from monitoring import Recorder
 from serving.admission import Admission
 from serving.dispatch.reporter import RouterLinks
@@ -136,16 +136,20 @@ class ReplicaState:
 async def generate_all(
     engine: InferenceEngine,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: SamplingParams | PoolingParams,
     request_id: str,
     arrival_time: float,
     urgency: Urgency,
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of several prompts as they come, each with its prompt's number. Closing it aborts all."""
+
+    def start(prompt: Sequence[int], own_id: str) -> AsyncGenerator[RequestOutput, None]:
+        if isinstance(params, PoolingParams):
+            return engine.embed(prompt, params, request_id=own_id, arrival_time=arrival_time, urgency=urgency)
+        return engine.generate(prompt, params, request_id=own_id, arrival_time=arrival_time, urgency=urgency)
+
     if len(prompts) == 1:
-        stream = engine.generate(
-            prompts[0], params, request_id=request_id, arrival_time=arrival_time, urgency=urgency
-        )
+        stream = start(prompts[0], request_id)
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 yield 0, output
@@ -155,13 +159,7 @@ async def generate_all(
 
     async def pump(number: int, prompt: Sequence[int]) -> None:
         try:
-            stream = engine.generate(
-                prompt,
-                params,
-                request_id=f"{request_id}-{number}",
-                arrival_time=arrival_time,
-                urgency=urgency,
-            )
+            stream = start(prompt, f"{request_id}-{number}")
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     queue.put_nowait((number, output))

@@ -5,19 +5,25 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from engine import EngineDeadError, InferenceEngine, PositionLogprobs, RequestOutput, SamplingParams
+from engine import (
+    EngineDeadError,
+    InferenceEngine,
+    PoolingParams,
+    PositionLogprobs,
+    RequestOutput,
+    SamplingParams,
+)
 from serving.dispatch.reporter import Flight, refusal_wait_s
 from serving.errors import ApiError, from_engine, overloaded
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import ClientGone, SseResponse, unless_client_leaves
-from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation
+from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation, Operation
 from serving.tenants.visit import Visit
 from serving.tiers import choose_service
 
@@ -28,7 +34,7 @@ _KILLED = EngineDeadError("the replica's process ended")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request on its way through the engine."""
+    """A validated request on its way through the engine; with `pooling` its prompts are embedded."""
 
     request_id: str
     prompts: Sequence[Sequence[int]]
@@ -37,10 +43,13 @@ class Job:
     created: int
     fingerprint: str
     include_usage: bool
+    pooling: PoolingParams | None = None
 
     @property
     def max_output_tokens(self) -> int | None:
         """Over all choices; None: as many as the model's context holds."""
+        if self.pooling is not None:
+            return 0
         limit = self.params.max_tokens
         return None if limit is None else limit * self.params.n * len(self.prompts)
 
@@ -54,6 +63,7 @@ class CollectedChoice:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     finish_reason: Literal["stop", "length"] = "length"
     stop_reason: str | int | None = None
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -85,10 +95,15 @@ class UsageCounter:
         )
 
 
-class Presenter(Protocol):
-    """How an endpoint shows a job's outputs."""
+class WholePresenter(Protocol):
+    """How an endpoint shows a job's outputs, once all are there."""
 
     def complete(self, choices: dict[tuple[int, int], CollectedChoice], usage: Usage) -> BaseModel: ...
+
+
+@runtime_checkable
+class Presenter(WholePresenter, Protocol):
+    """The same, and as they come."""
 
     def chunks(self, number: int, output: RequestOutput) -> bytes:
         """The events of one output; empty when there is nothing to show yet."""
@@ -108,11 +123,11 @@ async def respond(
     state: ReplicaState,
     *,
     is_stream: bool,
-    operation: Literal["chat", "text_completion"],
+    operation: Operation,
     model: str,
     prompt: object,
     service_tier: str | None,
-    prepare: Callable[[InferenceEngine], Awaitable[tuple[Job, Presenter]]],
+    prepare: Callable[[InferenceEngine], Awaitable[tuple[Job, WholePresenter]]],
 ) -> Response:
     """Run one request to its response.
 
@@ -144,7 +159,9 @@ async def respond(
         await visit.admit(num_tokens, job.max_output_tokens)
         made.queued_s = time.monotonic()
         outputs = state.admission.watch(
-            generate_all(engine, job.prompts, job.params, job.request_id, arrival, service.urgency),
+            generate_all(
+                engine, job.prompts, job.pooling or job.params, job.request_id, arrival, service.urgency
+            ),
             service,
             num_tokens,
         )
@@ -154,7 +171,8 @@ async def respond(
                 body = await unless_client_leaves(request, work, deadline)
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
-            return JSONResponse(body.model_dump())
+            return Response(body.model_dump_json(), media_type="application/json")
+        assert isinstance(presenter, Presenter), f"{operation} is not streamed"
         try:
             first = await unless_client_leaves(request, anext(outputs), deadline)
         except ClientGone:
@@ -167,7 +185,7 @@ async def respond(
 
 
 async def _collect(
-    outputs: Outputs, presenter: Presenter, flight: Flight | None, made: Generation
+    outputs: Outputs, presenter: WholePresenter, flight: Flight | None, made: Generation
 ) -> BaseModel:
     choices: dict[tuple[int, int], CollectedChoice] = {}
     usage = UsageCounter()
@@ -186,6 +204,7 @@ async def _collect(
             if output.finish_reason is not None:
                 choice.finish_reason = output.finish_reason
             choice.stop_reason = output.stop_reason
+            choice.embedding = output.embedding or ()
     finally:
         usage.tell(made)
     made.is_complete = True

@@ -7,6 +7,8 @@ from typing import Literal
 from engine import RequestOutput, SamplingParams
 
 Outcome = Literal["finished", "aborted", "refused", "invalid", "failed"]
+Operation = Literal["chat", "text_completion", "embeddings"]
+"""As OpenTelemetry's conventions for generative AI name them."""
 CLIENT_GONE = 499
 UNKNOWN_ROUTE = "unknown"
 
@@ -17,7 +19,7 @@ class Generation:
     so far.
     """
 
-    operation: Literal["chat", "text_completion"]
+    operation: Operation
     model: str
     tier: str
     ttft_limit_s: float
