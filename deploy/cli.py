@@ -251,6 +251,9 @@ def quantize(
         Path | None, typer.Option(help="Text file; Python's own texts by default.")
     ] = None,
     widths: Annotated[str | None, typer.Option(help="Widths a tensor may get, e.g. 2,3,4,8.")] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="No zero points: all of it exports to compressed-tensors.")
+    ] = False,
     trials: Annotated[int, typer.Option(help="Allocations to try on the true KL.")] = 1,
     windows: Annotated[int, typer.Option(help="Calibration texts.")] = 24,
     window: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = 512,
@@ -272,9 +275,34 @@ def quantize(
         raise fail(f"--widths: {widths!r} is not a list of numbers such as 2,3,4,8") from None
     try:
         budget = Budget(bits, None if memory_gb is None else int(memory_gb * 1e9), max_kl)
-        options = Options(budget, chosen, windows, window=window, num_trials=trials)
+        options = Options(budget, chosen, windows, window=window, num_trials=trials, is_symmetric=symmetric)
         result = command.run(resolve_model(model), out, options, calibration, analysis)
     except (EngineError, ModelNotFoundError) as error:
+        raise fail(str(error)) from None
+    command.print_result(result, out, console)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Directory of `peregrine quantize`, or a quantized one.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    form: Annotated[
+        str, typer.Option("--format", help="compressed-tensors (vLLM reads it), or safetensors (floats).")
+    ] = "compressed-tensors",
+    others: Annotated[
+        str, typer.Option(help="Matrices that W4A16 and W8A16 cannot hold: refuse, wide (8 bits) or floats.")
+    ] = "refuse",
+    dtype: Annotated[str, typer.Option(help="Of the floats: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write a quantized checkpoint in a form that other programs read."""
+    from deploy import export as command
+    from engine.errors import EngineError
+
+    try:
+        result = command.run(checkpoint, out, form, others, dtype)
+    except EngineError as error:
         raise fail(str(error)) from None
     command.print_result(result, out, console)
 

@@ -54,12 +54,18 @@ class HfCheckpoint:
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
         """A tensor under the engine's name, which may be what the family's files call it, or rows of that."""
         where = self._locate(name)
-        if where.num_rows is None or self._is_quantized(where.name):
+        if where.num_rows is None or self.is_quantized(where.name):
             return where.cut(self._stored_tensor(where.name, keep_packed=keep_packed))
         order = self._row_order(where.name)
         if order is not None:
             return where.cut(self._floats(where.name)[order])
         return self._floats(where.name, slice(where.first_row, where.first_row + where.num_rows))
+
+    def tensor_names(self) -> list[str]:
+        """Of all tensors, as they are stored; quantized ones under their weights' names."""
+        if self._quantized is None:
+            return sorted(self._file_of)
+        return sorted(self._quantized.names(self._file_of.keys()))
 
     def _locate(self, name: str) -> StoredTensor:
         if self._is_stored(name):  # quantized here: apart, under the engine's names
@@ -67,11 +73,12 @@ class HfCheckpoint:
         where = stored_tensor(name, self.config)
         return replace(where, name=self.config.family.hf_name(where.name))
 
-    def _is_quantized(self, name: str) -> bool:
+    def is_quantized(self, name: str) -> bool:
+        """Whether the weight is stored quantized under this very name."""
         return self._quantized is not None and self._quantized.has(name)
 
     def _is_stored(self, name: str) -> bool:
-        return name in self._file_of or self._is_quantized(name)
+        return name in self._file_of or self.is_quantized(name)
 
     def _stored_tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
         if self._quantized is not None and self._quantized.has(name):

@@ -10,7 +10,7 @@ and the safetensors hold each such weight's bytes as `<weight name less .weight>
 [row blocks, block bytes], exactly as `kernels.formats` lays them out. Everything else is stored as floats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ class PackedTensors:
     @property
     def weight_format(self) -> str:
         return "+".join(sorted({f"w{f.bits}" for f in self.formats.values()}))
+
+    def names(self, stored: Collection[str]) -> set[str]:
+        packed = {packed_name(name): name for name in self.formats}
+        return {packed.get(name, name) for name in stored}
 
     def has(self, name: str) -> bool:
         return name in self.formats

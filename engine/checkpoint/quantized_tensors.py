@@ -33,6 +33,10 @@ class QuantizedTensors(Protocol):
     @property
     def weight_format(self) -> str: ...
 
+    def names(self, stored: Collection[str]) -> set[str]:
+        """Of the checkpoint's tensors, from those of all `stored` ones: a weight's parts are that weight."""
+        ...
+
     def has(self, name: str) -> bool:
         """Whether the weight `name` (<module>.weight) is stored quantized."""
         ...
@@ -68,6 +72,12 @@ class ForeignTensors:
         self.weight_format = method
         self._stored, self._names, self._read = stored, names, read
         self._told: set[str] = set()
+
+    def names(self, stored: Collection[str]) -> set[str]:
+        codes = f".{self._stored.codes_name}"
+        modules = {name.removesuffix(codes) for name in stored if name.endswith(codes)}
+        floats = {name for name in stored if name.rpartition(".")[0] not in modules or name.endswith(".bias")}
+        return floats | {f"{module}.weight" for module in modules}
 
     def has(self, name: str) -> bool:
         module, _, kind = name.rpartition(".")

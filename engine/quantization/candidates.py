@@ -1,6 +1,7 @@
 """Every format a tensor may get: its bytes, and the weights it would have."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ _NAMES = {
 ALLOWED_BITS = tuple(_NAMES)
 
 
-def candidate_formats(bits: Sequence[int]) -> list[Format]:
-    """Formats of these widths, from small to large."""
-    return [Format.parse(name) for b in sorted(bits) for name in _NAMES[b]]
+def candidate_formats(bits: Sequence[int], *, symmetric: bool = False) -> list[Format]:
+    """Formats of these widths, from small to large; `symmetric`: without zero points."""
+    formats = [Format.parse(name) for b in sorted(bits) for name in _NAMES[b]]
+    return [replace(f, kind="sym") for f in formats] if symmetric else formats
 
 
 def quantize_all(

@@ -39,7 +39,8 @@ class Options:
     """How a model is quantized.
 
     widths: bits that a tensor may get. num_windows, num_validation_windows: calibration texts of `window`
-    tokens each, and those the search measures on. num_trials: quantizing passes of the search.
+    tokens each, and those the search measures on. num_trials: quantizing passes of the search. is_symmetric:
+    no zero points, so that the result exports to formats that know whole ones alone.
     """
 
     budget: Budget
@@ -48,6 +49,7 @@ class Options:
     num_validation_windows: int = 6
     window: int = 512
     num_trials: int = 1
+    is_symmetric: bool = False
 
     def __post_init__(self) -> None:
         if not self.widths or set(self.widths) - set(ALLOWED_BITS):
@@ -102,10 +104,13 @@ def quantize(
     windows = text.token_windows(tokenizer, documents, count, options.window)
     tokens, validation = windows[: options.num_windows], windows[options.num_windows :]
     layers = DecoderLayers(checkpoint, options.window)
+    formats_to_try = candidate_formats(options.widths, symmetric=options.is_symmetric)
     plan = analysis_plan(model, tokens, options.widths)
+    if options.is_symmetric:
+        plan["symmetric"] = True
     workspace = Workspace(out / WORK_DIRECTORY, {**plan, **_trial_plan(options, validation)}, "out")
     analysed = Workspace(analysis_directory or workspace.path("analysis"), plan, "analysis")
-    analysis = SensitivityAnalysis(layers, tokens, candidate_formats(options.widths), analysed)
+    analysis = SensitivityAnalysis(layers, tokens, formats_to_try, analysed)
     analysis.progress = lambda: progress("sensitivity", analysis.num_steps())
     found = analysis.run()
 
