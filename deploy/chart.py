@@ -19,6 +19,7 @@ from monitoring.dashboards import DASHBOARDS
 from monitoring.dashboards.build import build
 from serving import RoutingSettings, ServingSettings
 from serving.telemetry.settings import LogSettings, TraceSettings
+from serving.tenants.settings import TenantSettings
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "peregrine"
@@ -34,6 +35,7 @@ SECTIONS: dict[str, Any] = {
     "cluster": ClusterSettings,
     "logs": LogSettings,
     "traces": TraceSettings,
+    "tenants": TenantSettings,
 }
 # Not the chart's to set, and why.
 LEFT_OUT = {
@@ -43,6 +45,7 @@ LEFT_OUT = {
     "cluster": {"host", "start_timeout_s"},  # pods listen on every address; KubeRay waits
     "logs": set[str](),
     "traces": set[str](),
+    "tenants": {"members", "file"},  # tenants.existingSecret: they change without a new cluster
 }
 _BEGIN, _END = "<!-- values: python -m deploy.chart -->", "<!-- /values -->"
 

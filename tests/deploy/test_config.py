@@ -37,6 +37,7 @@ def test_the_example_holds_the_defaults_and_every_key():
     assert set(raw["cluster"]) == set(type(config.cluster).model_fields)
     assert set(raw["logs"]) == set(type(config.logs).model_fields)
     assert set(raw["traces"]) == set(type(config.traces).model_fields)
+    assert set(raw["tenants"]) == set(type(config.tenants).model_fields)
 
 
 def test_options_win_over_the_file(tmp_path):
@@ -84,3 +85,39 @@ def test_a_wrong_api_key_is_not_repeated(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
         load_config(tmp_path / "nothing.yaml")
+
+
+TENANT = "tenants: {members: {acme: {keys: [%s]}}}"
+HASH = "sha256:" + "0" * 64
+
+
+def test_tenants_in_the_file_are_read_again_from_it(tmp_path):
+    path = write(tmp_path, TENANT % HASH)
+    assert load_config(path).tenants.file == path.resolve()
+    assert load_config(write(tmp_path, "tenants: {usage_days: 3}")).tenants.is_on is False
+    elsewhere = load_config(write(tmp_path, "tenants: {file: /run/tenants.yaml}")).tenants
+    assert (elsewhere.file, elsewhere.is_on) == (Path("/run/tenants.yaml"), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TENANT % "sk-in-plain-text", r"tenants\.members\.acme\.keys\.0: .*pattern"),
+        ("tenants: {members: {acme: {key: sk-in-plain-text}}}", r"tenants\.members\.acme\.key: Extra inputs"),
+        ("tenants: {members: {Acme Ltd: {}}}", r"tenants\.members\.Acme Ltd\.\[key\]: .*pattern"),
+        (
+            "tenants: {members: {acme: {requests_per_minute: 0}}}",
+            r"requests_per_minute: .*greater than",
+        ),
+        (
+            "tenants: {members: {acme: {tiers: [gold]}}}",
+            r"acme\.tiers: must be of agent, .*, got 'gold'",
+        ),
+        ("tenants: {member: {}}", r"did you mean tenants\.members\?"),
+        ("tenants: {members: {acme: {}}, file: x.yaml}", r"members and file: give one of them"),
+    ],
+)
+def test_tenants_errors_name_the_key_and_no_secret(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, text))
+    assert "sk-in-plain-text" not in str(error.value)

@@ -155,6 +155,20 @@ def test_no_secret_stands_in_plain_text(name):
     assert "api_keys" not in json.dumps(manifests.all)
 
 
+def test_tenants_come_by_a_volume_that_follows_their_secret():
+    manifests = render(values_file("secrets.yaml"))
+    file = "/etc/peregrine-tenants/members.yaml"
+    assert config_of(manifests)["tenants"] == {"file": file}
+    document = yaml.safe_load(manifests.one("RayService")["spec"]["serveConfigV2"])
+    assert document["applications"][0]["args"]["tenants"] == {"file": file}
+    for kind in ("head", "worker"):  # the ledger may run on either
+        spec = pods_of(manifests)[kind]
+        assert {"name": "tenants", "secret": {"secretName": "peregrine-tenants"}} in spec["volumes"]
+        mount = {"name": "tenants", "mountPath": "/etc/peregrine-tenants", "readOnly": True}
+        assert mount in spec["containers"][0]["volumeMounts"]
+    assert "tenants" not in json.dumps(render().all)
+
+
 def test_secrets_go_to_those_who_need_them():
     pods = pods_of(render(values_file("everything-on.yaml")))
     names = {

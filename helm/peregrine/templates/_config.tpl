@@ -9,6 +9,10 @@
 {{- $_ := set $config.engine "model" (include "peregrine.quantizedModel" .) }}
 {{- end }}
 {{- $_ := set $config.serving "metrics" (merge (dict "host" "0.0.0.0") ($config.serving.metrics | default dict)) }}
+{{- if .Values.tenants.existingSecret }}
+{{- $file := printf "/etc/peregrine-tenants/%s" .Values.tenants.key }}
+{{- $_ := set $config "tenants" (merge (dict "file" $file) ($config.tenants | default dict)) }}
+{{- end }}
 {{- toYaml $config }}
 {{- end }}
 
@@ -48,7 +52,7 @@
 {{- $_ := set $replicas "autoscaling_config" $scaling }}
 {{- end }}
 {{- $args := dict }}
-{{- range $section := list "engine" "serving" "routing" "logs" "traces" }}
+{{- range $section := list "engine" "serving" "routing" "logs" "traces" "tenants" }}
 {{- with get $config $section }}
 {{- $_ := set $args $section . }}
 {{- end }}

@@ -67,6 +67,9 @@ securityContext: {{- include "peregrine.securityContext" . | nindent 2 }}
 - {name: shm, mountPath: /dev/shm}
 - {name: config, mountPath: /etc/peregrine, readOnly: true}
 - {name: cache, mountPath: /cache}
+{{- if .Values.tenants.existingSecret }}
+- {name: tenants, mountPath: /etc/peregrine-tenants, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "peregrine.nodeVolumes" -}}
@@ -76,6 +79,10 @@ securityContext: {{- include "peregrine.securityContext" . | nindent 2 }}
   emptyDir: {medium: Memory, sizeLimit: {{ add .Values.ray.objectStoreBytes 67108864 | quote }}}
 - name: config
   configMap: {name: {{ include "peregrine.fullname" . }}}
+{{- with .Values.tenants.existingSecret }}
+- name: tenants # a volume and no variable: it follows the secret
+  secret: {secretName: {{ . }}}
+{{- end }}
 {{- end }}
 
 {{- define "peregrine.cacheVolume" -}}
