@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deploy import alerts, dashboards
+from deploy import alerts, dashboards, tenants
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -132,7 +132,7 @@ def _name_of(model: str) -> str:
 
 
 def _print_ready(url: str, name: str, settings: Any) -> None:
-    key = ' -H "Authorization: Bearer $PEREGRINE_API_KEY"' if settings.serving.api_keys else ""
+    key = ' -H "Authorization: Bearer $PEREGRINE_API_KEY"' if settings.serving.api_keys or settings.tenants.is_on else ""
     console.print(f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}.")
     if (num_tokens := _kv_cache_tokens(url, settings.engine.block_size)) is not None:
         dtype = settings.engine.kv_cache_dtype
@@ -356,6 +356,8 @@ def evaluate(
 
 app.add_typer(dashboards.app, name="dashboards")
 app.add_typer(alerts.app, name="alerts")
+app.add_typer(tenants.keys, name="keys")
+app.command()(tenants.usage)
 
 bench = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 app.add_typer(bench, name="bench")
