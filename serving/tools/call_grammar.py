@@ -19,25 +19,23 @@ def call_grammar(
     *,
     is_parallel: bool,
 ) -> str:
-    """llguidance's Lark: text with calls in it, or calls without marks.
+    """llguidance's Lark: text with calls in it, or calls without marks. One call alone ends the output.
 
     Text cannot begin as a call does, so that none escapes its schema. Lexemes are matched at their longest,
     hence the head of a call, up to its arguments, is one.
 
     token_id: of a mark that is a token of its own; such tokens are no text to a grammar.
     """
-    more = "*" if is_parallel else "?"
-    parts = []
     rules = []
+    thought = ""
     if thoughts := [f"<[{i}]>" for mark in _THOUGHT_MARKS if (i := token_id(mark)) is not None]:
-        parts.append("thought*")
+        thought = "thought*"
         rules.append(f"thought: TEXT ({' | '.join(thoughts)})")
     calls = "call (SEPARATOR call)*" if is_parallel else "call"
     if syntax.begin:
         inside = f'"[" SPACE {calls} SPACE "]"' if syntax.is_list else "call"
         end = f"SPACE ({_mark(syntax.end, token_id)})" if syntax.end else ""
         begin = f"TEXT <[{i}]> | begin" if (i := token_id(syntax.begin)) is not None else "begin"
-        parts.append(f"marked{more}")
         rules += [f"marked: ({begin}) SPACE {inside} {end}"]
         rules += [f"begin[lazy]: TEXT {json.dumps(syntax.begin)}"]
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
@@ -50,8 +48,11 @@ def call_grammar(
         r"SPACE: /[ \n]{0,2}/",
         r'TEXT: /(.|\n)*/ & ~/[ \t\r\n]*\[?[ \t\r\n]*\{[ \t\r\n]*"name"(.|\n)*/',
     ]
-    # Never a TEXT behind a TEXT: where the first one has to end, the second one would begin.
-    rules.insert(0, f"start: {calls} | {' '.join([*parts, 'TEXT'])}")
+    rest = "TEXT"
+    if syntax.begin:
+        # Never a TEXT behind a TEXT: where the first one has to end, the second one would begin.
+        rest = "marked* TEXT" if is_parallel else "(marked | TEXT)"
+    rules.insert(0, f"start: {calls} | {thought} {rest}")
     return "%llguidance {}\n" + "\n".join(rules) + "\n"
 
 

@@ -103,9 +103,11 @@ class ToolCallParser:
                 return True
         mark = self._syntax.begin
         if mark and (position := self._buffer.find(mark)) >= 0:
-            self._say(self._buffer[:position].rstrip(_BLANKS))
+            text = self._buffer[:position].rstrip(_BLANKS)
+            self._say(text)
+            self._opening = self._buffer[len(text) : position] + mark
             self._buffer = self._buffer[position + len(mark) :]
-            self._mode, self._is_bare, self._opening = "call", False, mark
+            self._mode, self._is_bare = "call", False
             return True
         certain = self._buffer
         if not is_last:
@@ -177,7 +179,8 @@ class ToolCallParser:
     def _refuse(self) -> bool:
         """It was no call: it is text, and is looked at again from the mark's second character on."""
         text = self._opening + (self._object.raw if self._object else "") + self._buffer
-        num_certain = 1 if self._syntax.begin and self._opening.startswith(self._syntax.begin) else 0
+        mark = self._syntax.begin
+        num_certain = self._opening.index(mark) + 1 if mark and mark in self._opening else 0
         self._object, self._opening, self._is_list = None, "", False
         self._say(text[:num_certain])
         self._buffer = text[num_certain:]

@@ -1,0 +1,104 @@
+"""Strict tools where the model may choose: which outputs the grammar lets through, token by token."""
+
+import json
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
+
+from engine import SamplingParams
+from engine.structured.grammar import grammar_of
+from serving.tools import Message, ToolChoice, ToolDefinition, plan_chat
+from serving.tools.syntax import HERMES, LLAMA, MISTRAL
+
+EOS = 2
+STRICT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}},
+    "required": ["x"],
+    "additionalProperties": False,
+    "description": 'a ::= "b"',
+}
+TOOLS = [ToolDefinition("f", parameters=STRICT, is_strict=True), ToolDefinition("free-2")]
+TEMPLATES = {
+    "plain": None,
+    "hermes": "tools <tool_call>",
+    "mistral": "tools [TOOL_CALLS]",
+    "llama": "tools <|python_tag|>",
+}
+MARKS = [HERMES.begin, HERMES.end, MISTRAL.begin, LLAMA.begin, "<think>", "</think>"]
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module", params=["marks are tokens", "marks are text"])
+def tokenizer(request, smollm2):
+    from engine.checkpoint import open_checkpoint
+
+    backend = open_checkpoint(smollm2).load_tokenizer().backend_tokenizer
+    if request.param == "marks are tokens":
+        backend.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return backend
+
+
+@pytest.fixture(scope="module")
+def allows(tokenizer):
+    vocabulary = LLTokenizer(tokenizer.to_str(), n_vocab=49200, eos_token=[EOS])
+
+    def allows(family: str, text: str, **choice) -> bool:
+        """Whether the output may be this, and may end so."""
+        chosen, template = ToolChoice(**choice), TEMPLATES[family]
+        plan = plan_chat([Message("user")], TOOLS, chosen, SamplingParams(), template, tokenizer.token_to_id)
+        matcher = LLMatcher(vocabulary, grammar_of(plan.params.constraint))
+        assert not matcher.is_error(), matcher.get_error()
+        ids = [*tokenizer.encode(text, add_special_tokens=False).ids, EOS]
+        return matcher.validate_tokens(ids) == len(ids)
+
+    return allows
+
+
+def call(family: str, name: str = "f", **arguments) -> str:
+    key = "parameters" if family == "llama" else "arguments"
+    return json.dumps({"name": name, key: arguments})
+
+
+def marked(family: str, *calls: str) -> str:
+    match family:
+        case "mistral":
+            return f"[TOOL_CALLS] [{', '.join(calls)}]"
+        case "llama":
+            return f"<|python_tag|>{calls[0]}"
+    return "\n".join(f"<tool_call>\n{c}\n</tool_call>" for c in calls)
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_text_is_free_and_calls_are_not(allows, family):
+    good, free = call(family, x=1), call(family, "free-2", any=["thing", None])
+    for text in (
+        "",
+        "Hello, world.\n",
+        '{"a": 1}',
+        good,
+        free,
+        f"{good}; {free}",
+        f"Wait.\n{marked(family, good)}",
+        marked(family, good, free),
+    ):
+        assert allows(family, text), text
+    for bad in (call(family), call(family, x="1"), call(family, x=1, y=2), call(family, "other", x=1)):
+        assert not allows(family, bad), bad
+        assert not allows(family, f"[{bad}"), bad
+        assert not allows(family, f"Wait.\n{marked(family, bad)}"), bad
+        assert not allows(family, f"{good}; {bad}"), bad
+
+
+def test_one_call_where_several_are_not_wanted(allows):
+    good = call("hermes", x=1)
+    assert allows("hermes", marked("hermes", good), is_parallel=False)
+    assert not allows("hermes", marked("hermes", good, good), is_parallel=False)
+    assert not allows("hermes", f"{good}; {good}", is_parallel=False)
+
+
+def test_thoughts_come_before(allows):
+    assert allows("hermes", f"<think>\nHm.\n</think>\n\n{marked('hermes', call('hermes', x=1))}")
+    assert not allows("hermes", f"<think>\nHm.\n</think>\n\n{marked('hermes', call('hermes', x='1'))}")
