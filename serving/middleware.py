@@ -180,9 +180,13 @@ class FrontDoor:
 
 
 def _key(headers: dict[bytes, bytes]) -> bytes:
-    """OpenAI's clients send a bearer token, Anthropic's a header of its own; empty without either."""
+    """OpenAI's clients send a bearer token, Anthropic's also `x-api-key`, which counts where both are; empty
+    without either.
+    """
+    if own := headers.get(b"x-api-key", b"").strip():
+        return own
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
+    return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _request_id(headers: dict[bytes, bytes]) -> bytes:

@@ -8,7 +8,9 @@ from serving.api.anthropic.errors import VERSION_HEADER
 from serving.errors import ApiError
 
 _NAME = VERSION_HEADER.decode()
-_VERSIONS = ("2023-06-01",)
+# The second one has no sampling parameters, which this server takes in both, and refuses blocks that are
+# refused here anyway: for what is served, they are the same.
+_VERSIONS = ("2023-06-01", "2026-10-21")
 
 
 async def check_version(version: Annotated[str | None, Header(alias=_NAME)] = None) -> None:

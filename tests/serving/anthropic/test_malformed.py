@@ -43,6 +43,15 @@ async def test_malformed_request(make_client, case):
     assert (case.param or "") in message
 
 
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21"])
+async def test_both_versions_are_served(make_client, version):
+    async with make_client() as client:
+        body = {**BODY, "temperature": 0}
+        response = await client.post(MESSAGES, json=body, headers={"anthropic-version": version})
+        assert response.status_code == 200
+        assert response.json()["usage"]["output_tokens"] == 4
+
+
 @pytest.mark.parametrize("name", ["x-api-key", "authorization"])
 async def test_keys_open_the_door_under_both_names(make_client, name):
     prefix = "Bearer " if name == "authorization" else ""
@@ -50,7 +59,8 @@ async def test_keys_open_the_door_under_both_names(make_client, name):
         for key in ("secret", "other"):
             response = await client.get("/v1/models", headers={**HEADERS, name: prefix + key})
             assert response.status_code == 200
-        for headers in ({}, {name: prefix + "wrong"}, {name: prefix}):
+        both = {"x-api-key": "wrong", "authorization": "Bearer secret"}
+        for headers in ({}, {name: prefix + "wrong"}, {name: prefix}, both):
             response = await client.post(MESSAGES, json=BODY, headers={**HEADERS, **headers})
             assert response.status_code == 401
             assert "secret" not in assert_anthropic_error(response, "authentication_error")
