@@ -540,6 +540,10 @@ def bench_router(
     policies: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 2,
     requests: Annotated[int, typer.Option(min=100, help="Requests a run; at least 100 a replica.")] = 10_000,
+    routers: Annotated[int, typer.Option(min=1, max=64, help="Asked in turn.")] = 1,
+    event_lag_ms: Annotated[
+        float, typer.Option(min=0, max=10_000, help="Mean delay of what several routers hear.")
+    ] = 5.0,
     json_path: JsonPath = None,
 ) -> None:
     """The latency policy beside the usual ones, on simulated replicas with measured step times."""
@@ -557,7 +561,9 @@ def bench_router(
         raise fail(f"--replicas: {replicas!r} is not a list of numbers such as 4,16") from None
     if min(sizes) < 2:
         raise fail("--replicas: at least 2")
-    report.publish(router.run(sizes, load, names, chosen, seeds, requests), "Router", json_path)
+    lag_s = event_lag_ms / 1e3 if routers > 1 else 0.0
+    rows = router.run(sizes, load, names, chosen, seeds, requests, routers, lag_s)
+    report.publish(rows, "Router", json_path)
 
 
 @app.command()

@@ -9,7 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from deploy.bench.report import percentile
-from deploy.bench.router_simulation import Clock, Engine, Replica, Simulation
+from deploy.bench.router_clock import Clock
+from deploy.bench.router_engine import Engine
+from deploy.bench.router_group import RouterGroup
+from deploy.bench.router_simulation import Replica, Simulation
 from deploy.bench.router_traces import TRACES, Trace
 from serving.routing import (
     CostModel,
@@ -29,7 +32,6 @@ from serving.routing.prefix_index import BLOCK_TOKENS, PrefixIndex
 from serving.routing.requests import Outcome
 from serving.routing.router import Choice
 
-ENGINE = Engine()
 POLICIES = ("latency", "round_robin", "least_requests", "power_of_two", "prefix_affinity", "oracle")
 SIMPLE = ("round_robin", "least_requests", "power_of_two")  # what the goal is measured against
 
@@ -43,9 +45,9 @@ class Oracle:
 
     name = "oracle"
 
-    def __init__(self, replicas: dict[str, Replica], clock: Clock, output_of: Callable[[str], int]) -> None:
-        self._replicas, self._clock, self._output_of = replicas, clock, output_of
-        self._prefixes = PrefixIndex(len(replicas), ENGINE.kv_capacity_tokens // BLOCK_TOKENS)
+    def __init__(self, replicas: dict[str, Replica], engine: Engine, output_of: Callable[[str], int]) -> None:
+        self._replicas, self._engine, self._output_of = replicas, engine, output_of
+        self._prefixes = PrefixIndex(len(replicas), engine.kv_capacity_tokens // BLOCK_TOKENS)
         self._on_the_way: deque[tuple[float, int, int]] = deque()  # arrival, slot, prompt tokens
 
     def choose(self, request: RoutedRequest, fleet: Fleet, now_s: float) -> Choice | Overloaded:
@@ -90,13 +92,14 @@ class Oracle:
             flight = fleet.ledger.find(sequence.request_id)
             if flight is not None:
                 tokens += flight.prefill_tokens
-        steps, rest = divmod(tokens, ENGINE.chunk_tokens)
-        decode_s = ENGINE.decode_s(replica.num_active, replica.kv_decoding)
-        own_s = steps * (decode_s + ENGINE.prefill_s(ENGINE.chunk_tokens))
-        own_s += (decode_s + ENGINE.prefill_s(rest)) if rest else 0.0
+        engine = self._engine
+        steps, rest = divmod(tokens, engine.chunk_tokens)
+        decode_s = engine.decode_s(replica.num_active, replica.kv_decoding)
+        own_s = steps * (decode_s + engine.prefill_s(engine.chunk_tokens))
+        own_s += (decode_s + engine.prefill_s(rest)) if rest else 0.0
         queued = replica.num_running + len(replica.waiting)
-        answer_s = output_tokens * ENGINE.decode_s(queued + 1, replica.kv_decoding)
-        excess = max(0, queued + 1 - ENGINE.max_num_seqs) / ENGINE.max_num_seqs
+        answer_s = output_tokens * engine.decode_s(queued + 1, replica.kv_decoding)
+        excess = max(0, queued + 1 - engine.max_num_seqs) / engine.max_num_seqs
         return replica.step_left_s() + replica.slowness * (own_s + (0.1 + excess) * answer_s)
 
 
@@ -107,12 +110,15 @@ def run(
     policies: Sequence[str],
     seeds: int,
     requests: int,
+    routers: int = 1,
+    lag_s: float = 0.0,
 ) -> list[dict[str, Any]]:
     """One row for each trace, number of replicas and policy; percentiles over all seeds together.
 
     load: arriving work over what the replicas can do at full batches, prompts counted as if nothing were
     cached.
     requests: a run's length; at least 100 a replica are sent.
+    routers, lag_s: how many are asked in turn, and how late they hear of events (`RouterGroup`).
     """
     rows = []
     combinations = [(n, t, p) for n in replicas for t in traces for p in policies]
@@ -121,19 +127,21 @@ def run(
             progress.set_description(f"{trace}, {number} replicas, {policy}")
             results = []
             for seed in range(seeds):
-                results.append(_simulate(TRACES[trace], policy, number, load, seed, requests))
+                results.append(_simulate(TRACES[trace], policy, number, load, seed, requests, routers, lag_s))
                 progress.update()
-            rows.append(_row(trace, policy, number, load, results))
+            setup = {"replicas": number, "load": load, "routers": routers, "event_lag_ms": 1e3 * lag_s}
+            rows.append(_row(trace, policy, setup, results))
     _compare(rows)
     return rows
 
 
-def _policy(name: str, seed: int, fleet: dict[str, Replica], clock: Clock, outputs: list[int]) -> Policy:
-    rng = random.Random(f"policy {seed}")
-    blocks = ENGINE.kv_capacity_tokens // BLOCK_TOKENS
+def _policy(
+    name: str, rng: random.Random, fleet: dict[str, Replica], engine: Engine, outputs: list[int]
+) -> Policy:
+    blocks = engine.kv_capacity_tokens // BLOCK_TOKENS
     match name:
         case "latency":
-            return LatencyPolicy(ENGINE.cost_model(Simulation.network_s), rng, len(fleet), blocks)
+            return LatencyPolicy(engine.cost_model(Simulation.network_s), rng, len(fleet), blocks)
         case "round_robin":
             return RoundRobin()
         case "least_requests":
@@ -143,12 +151,19 @@ def _policy(name: str, seed: int, fleet: dict[str, Replica], clock: Clock, outpu
         case "prefix_affinity":
             return PrefixAffinity(rng, len(fleet), blocks)
         case "oracle":
-            return Oracle(fleet, clock, lambda request_id: outputs[int(request_id.partition(".")[0])])
+            return Oracle(fleet, engine, lambda request_id: outputs[int(request_id.partition(".")[0])])
     raise ValueError(f"unknown policy {name!r} (known: {', '.join(POLICIES)})")
 
 
 def _simulate(
-    trace: Trace, policy: str, number: int, load: float, seed: int, requests: int
+    trace: Trace,
+    policy: str,
+    number: int,
+    load: float,
+    seed: int,
+    requests: int,
+    routers: int,
+    lag_s: float,
 ) -> tuple[list[float], int, int, list[tuple[float, float]]]:
     """TTFTs (s), failures, aborts before a first token, decision times (us, passed and the processor's), the
     first tenth left out.
@@ -161,21 +176,29 @@ def _simulate(
     sample = [trace.lengths(rng) for _ in range(20_000)]
     mean_prompt = sum(p for p, _ in sample) / len(sample) + trace.document_tokens
     mean_output = sum(o for _, o in sample) / len(sample)
-    rate = load * capacity / ENGINE.request_s(mean_prompt, mean_output)
+    rate = load * capacity / trace.engine.request_s(mean_prompt, mean_output)
     count = max(requests, 100 * number)
     arrivals = list(trace.arrivals(rng, rate, count, number))
     clock = Clock()
     fleet = {
         f"replica-{i}": Replica(
             clock,
-            ENGINE,
+            trace.engine,
             slowness=2.0 if i < num_slow else 1.0,
             is_failing=i < num_failing,
         )
         for i in range(number)
     }
-    chooser = _policy(policy, seed, fleet, clock, [a.output_tokens for a in arrivals])
-    router = Router(chooser, clock, number)
+    outputs = [a.output_tokens for a in arrivals]
+    choosers = [
+        _policy(policy, random.Random(f"policy {seed}.{i}"), fleet, trace.engine, outputs)
+        for i in range(routers)
+    ]
+    router = (
+        Router(choosers[0], clock, number)
+        if routers == 1
+        else RouterGroup(choosers, clock, number, lag_s, random.Random(f"lag {seed}"))
+    )
     result = Simulation(fleet, router, clock, random.Random(f"network {seed}"), trace.retry_s).run(arrivals)
     measured = result.clients[count // 10 :]
     ttfts = [Simulation.patience_s if c.has_failed else c.ttft_s for c in measured]
@@ -187,14 +210,13 @@ def _simulate(
     )
 
 
-def _row(trace: str, policy: str, number: int, load: float, results: Sequence[Any]) -> dict[str, Any]:
+def _row(trace: str, policy: str, setup: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     ttfts = [t for r in results for t in r[0]]
     decisions, processor = ([t[i] for r in results for t in r[3]] for i in range(2))
     return {
         "trace": trace,
         "policy": policy,
-        "replicas": number,
-        "load": load,
+        **setup,
         "requests": len(ttfts),
         "ttft_ms_p50": round(percentile(ttfts, 0.5) * 1e3, 1),
         "ttft_ms_p99": round(percentile(ttfts, 0.99) * 1e3, 1),

@@ -1,7 +1,6 @@
 """A discrete-event simulation of replicas with continuous batching behind the router that serves.
 
-The router is `serving.routing.Router` itself, on the simulation's clock. An event is a time and a call, in a
-heap.
+The router is `serving.routing.Router` itself, on the simulation's clock.
 """
 
 import heapq
@@ -10,95 +9,15 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
+from deploy.bench.router_clock import Clock
+from deploy.bench.router_engine import Engine
+from deploy.bench.router_group import Routing
 from deploy.bench.router_traces import Arrival
-from serving.routing import CostModel, Overloaded, ReplicaStats, RoutedRequest, Router
+from serving.routing import Overloaded, ReplicaStats, RoutedRequest
 from serving.routing.prefix_index import BLOCK_TOKENS
-
-# Peregrine, 8B shape at 4.25 bits on one H100: docs/benchmarks/engine.json (itl_ms by batch, ttft_ms by
-# prompt).
-STEP_MS = {1: 1.94, 4: 2.32, 8: 2.72, 16: 3.98}
-PREFILL_MS = {128: 9.4, 512: 12.5, 2048: 45.2}
-# Not measured but derived: 8 KV heads x 128 x 32 layers x 2 (K, V) x 2 bytes a token over 3,060 GB/s
-# (read_gb_s).
-KV_STEP_MS_PER_TOKEN = 131_072 / 3_060e9 * 1e3
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """The replicas' engine. `chunk_tokens` of prompts at most a step, beside all decodes.
-
-    The cache is what 28 GB hold of the 8B shape's keys and values; `max_num_seqs` is the engine's default.
-    """
-
-    chunk_tokens: int = 512
-    max_num_seqs: int = 64
-    kv_capacity_tokens: int = 13_000 * BLOCK_TOKENS
-    decode_ms: tuple[float, float] = field(init=False)  # of a step, and of each sequence in it
-
-    def __post_init__(self) -> None:
-        slope, start = np.polyfit(list(STEP_MS), list(STEP_MS.values()), 1)
-        object.__setattr__(self, "decode_ms", (float(start), float(slope)))
-
-    def decode_s(self, active: int, kv_tokens: float) -> float:
-        """A step of `active` decodes over `kv_tokens` of context; beyond a batch of 16 the line goes on."""
-        start, slope = self.decode_ms
-        return (start + slope * active + KV_STEP_MS_PER_TOKEN * kv_tokens) / 1e3 if active else 0.0
-
-    def prefill_s(self, tokens: int) -> float:
-        """The prompt part of a step: the measurements, joined by lines; up to 16 tokens it is a decode
-        step.
-        """
-        if not tokens:
-            return 0.0
-        sizes, times = [16, *PREFILL_MS], [STEP_MS[16], *PREFILL_MS.values()]
-        return float(np.interp(tokens, sizes, times)) / 1e3
-
-    def request_s(self, prompt_tokens: float, output_tokens: float) -> float:
-        """A request's share of a full replica's time: load 1 is one request in each such time."""
-        context = self.max_num_seqs * (prompt_tokens + output_tokens / 2)
-        decode = self.decode_s(self.max_num_seqs, min(context, self.kv_capacity_tokens)) / self.max_num_seqs
-        return prompt_tokens * self.prefill_s(self.chunk_tokens) / self.chunk_tokens + output_tokens * decode
-
-    def cost_model(self, network_s: float) -> CostModel:
-        """What the policy is told: a line through the two measurements up to the chunk's size."""
-        token_ms = (PREFILL_MS[512] - PREFILL_MS[128]) / 384
-        start, slope = self.decode_ms
-        return CostModel(
-            step_base_s=start / 1e3,
-            step_per_active_s=slope / 1e3,
-            step_per_kv_token_s=KV_STEP_MS_PER_TOKEN / 1e3,
-            prefill_step_s=(PREFILL_MS[128] - 128 * token_ms) / 1e3,
-            prefill_token_s=token_ms / 1e3,
-            chunk_tokens=self.chunk_tokens,
-            max_num_seqs=self.max_num_seqs,
-            kv_capacity_tokens=self.kv_capacity_tokens,
-            overhead_s=2 * network_s,
-        )
-
-
-class Clock:
-    """Simulated seconds and what is to happen in them."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._order = itertools.count()
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def after(self, delay_s: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (self.now_s + delay_s, next(self._order), call))
-
-    def run(self, is_done: Callable[[], bool]) -> None:
-        while self._events and not is_done():
-            self.now_s, _, call = heapq.heappop(self._events)
-            call()
 
 
 @dataclass(slots=True, eq=False)
@@ -303,7 +222,7 @@ class Simulation:
     patience_s = 10.0
 
     def __init__(
-        self, replicas: dict[str, Replica], router: Router, clock: Clock, rng: random.Random, retry_s: float
+        self, replicas: dict[str, Replica], router: Routing, clock: Clock, rng: random.Random, retry_s: float
     ) -> None:
         self.replicas, self.router, self.clock, self.retry_s = replicas, router, clock, retry_s
         self._rng = rng
@@ -313,8 +232,9 @@ class Simulation:
     def run(self, arrivals: Iterable[Arrival], on_over: Callable[[], None] = lambda: None) -> Result:
         clients = [Client(arrival, i) for i, arrival in enumerate(arrivals)]
         self._on_over = on_over
-        for name in self.replicas:
+        for name, replica in self.replicas.items():
             self.router.add_replica(name)
+            self.router.measured(name, replica.engine.cost_model(self.network_s, replica.slowness))
             self.clock.after(self._rng.uniform(0, 1), partial(self._publish, name))
         pending = iter(clients)
         self._next_arrival(pending)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from deploy.bench.router_engine import DOUBLE, H100, Engine
 from serving.routing.prefix_index import BLOCK_TOKENS
 
 
@@ -44,6 +45,7 @@ class Trace:
     slow_share: float = 0.0
     failing_share: float = 0.0
     retry_s: float = 0.5
+    engine: Engine = H100
 
     def arrivals(self, rng: random.Random, rate_per_s: float, count: int, replicas: int) -> Iterator[Arrival]:
         """`count` requests at a mean of `rate_per_s` a second."""
@@ -90,6 +92,10 @@ def _with_documents(share: float) -> Callable[[random.Random], tuple[int, int]]:
     return draw
 
 
+def _short(rng: random.Random) -> tuple[int, int]:
+    return 50, 24
+
+
 _CHAT = Trace("uniform", _chat)
 _MIXED = Trace("long_prompts", _with_documents(0.005))
 
@@ -111,5 +117,7 @@ OTHER_TRACES = (
     replace(_CHAT, name="shared_prefixes_chat", documents=48, document_tokens=2048),
     replace(_CHAT, name="aborts_chat", abort_share=0.1),
     replace(_CHAT, name="failing_fast_chat_retried", failing_share=0.25, retry_s=0.0),
+    # The live run of that name (tests/load/policies.py), where places in the batch run out.
+    Trace("one_at_half_speed", _short, slow_share=0.25, engine=DOUBLE),
 )
 TRACES = {trace.name: trace for trace in (*MAIN_TRACES, *OTHER_TRACES)}

@@ -1,16 +1,21 @@
 """The simulation's replicas keep their own books, and its cases are what they say."""
 
+import dataclasses
 import random
 
 import pytest
 
 from deploy.bench import router
-from deploy.bench.router_simulation import Clock, Engine, Replica, Sequence
+from deploy.bench.router_clock import Clock
+from deploy.bench.router_engine import H100
+from deploy.bench.router_group import RouterGroup
+from deploy.bench.router_simulation import Replica, Sequence, Simulation
 from deploy.bench.router_traces import MAIN_TRACES, TRACES
+from serving.routing import LeastRequests
 
 
 def test_one_prompt_takes_its_steps():
-    clock, engine, times = Clock(), Engine(), []
+    clock, engine, times = Clock(), H100, []
     replica = Replica(clock, engine)
     note = lambda: times.append(clock.now_s)  # noqa: E731
     replica.add(Sequence("a", 700, 3, (), note, note))
@@ -23,7 +28,7 @@ def test_one_prompt_takes_its_steps():
 def test_replicas_end_empty_whatever_is_aborted(seed):
     rng = random.Random(seed)
     clock = Clock()
-    replica = Replica(clock, Engine(kv_capacity_tokens=6000, max_num_seqs=6))
+    replica = Replica(clock, dataclasses.replace(H100, kv_capacity_tokens=6000, max_num_seqs=6))
     ended: list[str] = []
 
     def send(name: str) -> None:
@@ -63,3 +68,15 @@ def test_every_policy_runs_every_trace():
     for row in rows:
         assert row["ttft_ms_p99"] >= row["ttft_ms_p50"] > 0
         assert row["failures"] == 0 or row["trace"] == "failing_fast"
+
+
+def test_routers_that_hear_late_of_each_other_end_with_the_same_books():
+    clock, rng = Clock(), random.Random(1)
+    fleet = {f"r{i}": Replica(clock, H100) for i in range(3)}
+    arrivals = list(TRACES["aborts_chat"].arrivals(rng, 60.0, 300, 3))
+    group = RouterGroup([LeastRequests(random.Random(i)) for i in range(2)], clock, 3, 0.02, rng)
+    Simulation(fleet, group, clock, rng, 0.5).run(arrivals)
+    clock.run(lambda: clock.now_s > arrivals[-1].at_s + 60)
+    for each in group.routers:
+        assert len(each.fleet.ledger) == 0
+        assert not each.fleet.ledger.in_flight.any()
