@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from engine import ParameterError, SamplingParams
-from serving.schemas import ResponseFormat, SamplingFields, Strict, StrictBool, StrictInt, Usage, one_of
+from serving.schemas import SamplingFields, Strict, StrictBool, StrictInt, Usage, one_of
 from serving.tools import Message, ToolChoice, ToolDefinition
 from serving.tools.schemas import (
     MAX_TOOLS,
@@ -110,7 +110,6 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None

@@ -1,57 +1,15 @@
 """OpenAI's requests and responses, but for chat's. What is not served yet is refused, never ignored."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from engine import ParameterError, SamplingParams
 from engine.sampling_params import MAX_N
+from serving.schema_types import MAX_STOP, Strict, StrictBool, StrictFloat, StrictInt, one_of
+from serving.structured import StructuredFields
 
-MAX_STOP = 4
-
-
-class Strict(BaseModel):
-    """Unknown fields are errors, and so are numbers that JSON does not know."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def one_of(*kinds: str) -> BeforeValidator:
-    """Refuse other JSON types with one clear sentence instead of one error for each union member."""
-
-    def check(value: Any) -> Any:
-        if not any(_IS_KIND[kind](value) for kind in kinds):
-            raise ValueError(f"must be {' or '.join(kinds)}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list_of(check: Any) -> Any:
-    return lambda v: isinstance(v, list) and bool(v) and all(check(x) for x in v)
-
-
-_IS_KIND = {
-    "null": lambda v: v is None,
-    "a string": lambda v: isinstance(v, str),
-    "a non-empty string": lambda v: isinstance(v, str) and bool(v),
-    "a non-empty array of strings": _is_list_of(lambda x: isinstance(x, str)),
-    "a non-empty array of token ids": _is_list_of(_is_int),
-    "a non-empty array of arrays of token ids": _is_list_of(_is_list_of(_is_int)),
-    f"an array of 1 to {MAX_STOP} non-empty strings": lambda v: (
-        isinstance(v, list) and 1 <= len(v) <= MAX_STOP and all(isinstance(s, str) and s for s in v)
-    ),
-    "an array of content parts": lambda v: isinstance(v, list),
-}
-
-StrictFloat = Annotated[float, Field(strict=True)]
-StrictInt = Annotated[int, Field(strict=True)]
-StrictBool = Annotated[bool, Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Stop = Annotated[
     str | list[str] | None,
@@ -73,11 +31,7 @@ class StreamOptions(Strict):
     include_obfuscation: StrictBool = False
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
-class SamplingFields(Strict):
+class SamplingFields(StructuredFields):
     """Parameters of both endpoints. The last block is an extension, named as other servers name it."""
 
     model: Annotated[str, StringConstraints(min_length=1)]
@@ -127,6 +81,7 @@ class SamplingFields(Strict):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             logit_bias=_token_bias(self.logit_bias or {}),
+            constraint=self.constraint,
         )
 
 
@@ -171,7 +126,7 @@ class CompletionRequest(SamplingFields):
         if self.max_tokens == 0:
             # Without a new token there is nothing to run: one is computed and dropped, whichever it is.
             one = self._sampling(1, None, prompt_logprobs)
-            return replace(one, ignore_eos=True, stop=(), stop_token_ids=())
+            return replace(one, ignore_eos=True, stop=(), stop_token_ids=(), constraint=None)
         ranks = self.num_candidates > (self.n or 1)
         logprobs = 0 if ranks and self.logprobs is None else self.logprobs
         return replace(self._sampling(self.max_tokens, logprobs, prompt_logprobs), n=self.num_candidates)

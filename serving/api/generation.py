@@ -200,7 +200,7 @@ async def _collect(
             choice.logprobs.extend(output.logprobs or ())
             choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs
             if output.finish_reason == "abort":
-                raise EngineDeadError("aborted")
+                raise _aborted(output)
             if output.finish_reason is not None:
                 choice.finish_reason = output.finish_reason
             choice.stop_reason = output.stop_reason
@@ -232,7 +232,7 @@ async def _stream(
             while True:
                 usage.add(number, output)
                 if output.finish_reason == "abort":
-                    raise EngineDeadError("aborted")
+                    raise _aborted(output)
                 if chunk := presenter.chunks(number, output):
                     yield chunk
                 try:
@@ -255,6 +255,13 @@ async def _stream(
         state.admission.num_inflight -= 1
         usage.tell(made)
         await outputs.aclose()
+
+
+def _aborted(output: RequestOutput) -> Exception:
+    if output.stop_reason is None:
+        return EngineDeadError("aborted")
+    message = f"The output could not be held to what the request asks for: {output.stop_reason}"
+    return ApiError(400, message, code="constraint_failed")
 
 
 def check_context(prompts: Sequence[Sequence[int]], max_new_tokens: int | None, max_model_len: int) -> None:

@@ -53,6 +53,11 @@ def result(call_id: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "content": "x"}
 
 
+def schema(value: Any, **fields: Any) -> dict[str, Any]:
+    """A response_format."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": value, **fields}}
+
+
 def _without(*fields: str) -> bytes:
     body = {"model": MODEL, "messages": HELLO}
     return json.dumps({k: v for k, v in body.items() if k not in fields}).encode()
@@ -212,8 +217,55 @@ CASES: list[Case] = [
          messages=[*HELLO, calling("c1", arguments="[1]"), result("c1")]),
     chat("arguments as an object", "messages[1].tool_calls[0].function.arguments",
          messages=[*HELLO, calling("c1", arguments={}), result("c1")]),
+    # What the answer is held to
+    chat("response_format of another type", "response_format.type", response_format={"type": "xml"}),
+    chat("response_format without type", "response_format.type", response_format={}),
+    chat("response_format is a string", "response_format", response_format="json_object"),
+    chat("json_schema is missing", "response_format.json_schema", response_format={"type": "json_schema"}),
+    chat("json_schema beside text", "response_format.json_schema",
+         response_format={**schema({}), "type": "text"}),
+    chat("a schema without name", "response_format.json_schema.name",
+         response_format={"type": "json_schema", "json_schema": {"schema": {}}}),
+    chat("a schema's bad name", "response_format.json_schema.name", response_format=schema({}, name="a b")),
+    chat("a schema's unknown field", "response_format.json_schema.foo", response_format=schema({}, foo=1)),
+    chat("a schema is a list", "response_format.json_schema.schema", response_format=schema([])),
+    chat("a schema with not", "response_format.json_schema.schema", 400, '"not"',
+         response_format=schema({"not": {"type": "string"}})),
+    chat("a schema with uniqueItems", "response_format.json_schema.schema", 400, "uniqueItems",
+         response_format=schema({"type": "array", "uniqueItems": True}), stream=True),
+    chat("a schema of an unknown type", "response_format.json_schema.schema", 400, "text",
+         response_format=schema({"type": "text"})),
+    chat("a schema that nothing satisfies", "response_format.json_schema.schema", 400, "minimum",
+         response_format=schema({"type": "integer", "minimum": 2, "maximum": 1})),
+    chat("a schema elsewhere", "response_format.json_schema.schema", 400, "example.org",
+         response_format=schema({"$ref": "https://example.org/schema"})),
+    completion("guided_json that is no JSON", "guided_json", 400, "JSON", guided_json="{"),
+    completion("guided_json is a number", "guided_json", guided_json=1),
+    completion("guided_json that is refused", "guided_json", 400, "contains",
+               guided_json={"type": "array", "contains": {}}),
+    chat("guided_regex open", "guided_regex", 400, "unclosed", guided_regex="a("),
+    chat("guided_regex looks around", "guided_regex", 400, "look-around", guided_regex="(?=a)b"),
+    chat("guided_regex is empty", "guided_regex", guided_regex=""),
+    chat("guided_grammar of an unknown rule", "guided_grammar", 400, "nowhere",
+         guided_grammar="root ::= nowhere"),
+    chat("guided_grammar that is none", "guided_grammar", guided_grammar="hello"),
+    chat("guided_choice is empty", "guided_choice", guided_choice=[]),
+    chat("guided_choice of numbers", "guided_choice[0]", guided_choice=[1]),
+    chat("guided_choice with an empty one", "guided_choice[1]", guided_choice=["a", ""]),
+    chat("guided_decoding_backend", "guided_decoding_backend", guided_decoding_backend="xgrammar"),
+    chat("two forms", "guided_choice", 400, "guided_regex, guided_choice",
+         guided_regex="a", guided_choice=["a"]),
+    chat("two forms, old and new", "response_format", 400, "guided_json, response_format",
+         guided_json={}, response_format={"type": "json_object"}),
+    completion("structured_outputs is empty", "structured_outputs", structured_outputs={}),
+    completion("structured_outputs with two", "structured_outputs",
+               structured_outputs={"regex": "a", "choice": ["a"]}),
+    completion("structured_outputs' unknown field", "structured_outputs.structural_tag",
+               structured_outputs={"structural_tag": "x"}),
+    completion("structured_outputs' bad regex", "structured_outputs.regex", 400, "unclosed",
+               structured_outputs={"regex": "a("}),
+    chat("a form without end", "ignore_eos", ignore_eos=True, guided_regex="a"),
     # What is not served
-    chat("response_format json", "response_format.type", response_format={"type": "json_object"}),
     chat("audio", "modalities[0]", modalities=["audio"]),
     chat("store", "store", store=True),
     completion("suffix of a model that knows no middle", "suffix", 400, "fill in the middle", suffix="x"),
