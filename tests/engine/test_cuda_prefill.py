@@ -101,4 +101,4 @@ def test_e4m3_is_near_bfloat16(weights):
 def test_an_e4m3_cache_is_near_a_bfloat16_one(weights):
     ids = prompt(700)
     fp8, bf16 = (run(make(weights, kv_format=f), Chunk(0, 0, ids)) for f in ("fp8", "bf16"))
-    assert 1e-4 < error(fp8, bf16) < 0.05
+    assert 1e-4 < error(fp8, bf16) < 0.1  # the specification in plain torch: 0.081
