@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from serving.lines import MAX_LINE_BYTES
 from serving.tenants.ledger import Ledger, Limits, Verdict
@@ -22,6 +22,15 @@ _MAX_UNSENT_BYTES = 2**24
 
 class LedgerGoneError(Exception):
     """The ledger did not answer in time, or there is none at the moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Full:
+    """A limit that the ledger found reached."""
+
+    limits: Limits
+    verdict: Verdict
+    until_s: float
 
 
 class LedgerLink:
@@ -51,6 +60,7 @@ class LedgerLink:
         self._books = Ledger(time.monotonic)
         self._writer: asyncio.StreamWriter | None = None
         self._numbers = itertools.count()
+        self._full: dict[str, _Full] = {}
         self._asked: dict[int, asyncio.Future[Verdict | None]] = {}
 
     async def ask(self, tenant: str, limits: Limits, prompt_tokens: int, expected_tokens: int) -> Verdict:
@@ -67,6 +77,7 @@ class LedgerLink:
         except TimeoutError:
             # Its answer may still come, and what it holds would no longer be what this replica has let in:
             # the next connection tells.
+            logger.warning("the ledger of tenants did not answer within %g s", self._timeout_s)
             self._drop()
             raise LedgerGoneError from None
         except asyncio.CancelledError:
@@ -78,10 +89,17 @@ class LedgerLink:
             raise LedgerGoneError
         if verdict.is_granted:
             self._books.enter(self._replica, tenant, prompt_tokens, expected_tokens)
+        elif verdict.reason in ("requests", "tokens"):
+            self._full[tenant] = _Full(limits, verdict, time.monotonic() + verdict.retry_after_s)
         return verdict
 
     def decide_alone(self, tenant: str, limits: Limits, prompt_tokens: int, expected_tokens: int) -> Verdict:
-        """By this replica's share of the limits and what it has let in itself."""
+        """By this replica's share of the limits and what it has let in itself; and not before the time that
+        the ledger's last refusal named.
+        """
+        full = self._full.get(tenant)
+        if full is not None and full.limits == limits and (wait_s := full.until_s - time.monotonic()) > 0:
+            return replace(full.verdict, retry_after_s=wait_s)
         share = limits.share(self.num_replicas)
         verdict = self._books.ask(
             self._replica, tenant, share, prompt_tokens, share.expected(prompt_tokens, expected_tokens)

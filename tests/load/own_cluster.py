@@ -28,6 +28,13 @@ _STOP_TIMEOUT_S = 120
 @contextlib.contextmanager
 def running(*arguments: str, port: int) -> Iterator[str]:
     """Such a cluster in a process of its own; its address."""
+    with launched(*arguments, port=port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def launched(*arguments: str, port: int) -> Iterator[subprocess.Popen[str]]:
+    """As `running`; the process."""
     command = [sys.executable, "-m", "tests.load.own_cluster", "--port", str(port), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as cluster:
         try:
@@ -37,7 +44,7 @@ def running(*arguments: str, port: int) -> Iterator[str]:
                     break
             else:
                 raise RuntimeError(f"{' '.join(command)} did not start")
-            yield f"http://127.0.0.1:{port}"
+            yield cluster
         finally:
             cluster.send_signal(signal.SIGTERM)
             cluster.wait(_STOP_TIMEOUT_S)

@@ -28,6 +28,17 @@ async def test_without_a_ledger_each_replica_gives_its_share(make_cluster):
         assert sorted(r.status_code for r in answers) == [200, 429]
 
 
+async def test_what_the_ledger_refused_stays_refused_without_it(make_cluster):
+    cluster = await make_cluster(acme={"requests_per_minute": 4})
+    a, b = cluster.replicas
+    assert await codes(a, cluster.keys["acme"], 4) == [200] * 4
+    assert await codes(b, cluster.keys["acme"], 1) == [429]
+    await cluster.stop_ledger()
+    refused = await b.post(cluster.keys["acme"])
+    assert refused.status_code == 429
+    assert 50 <= int(refused.headers["retry-after"]) <= 60
+
+
 async def test_a_ledger_that_starts_anew_is_told_what_was_had(make_cluster):
     cluster = await make_cluster(acme={"requests_per_minute": 5}, beta={})
     a, b = cluster.replicas
