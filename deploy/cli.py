@@ -132,7 +132,11 @@ def _name_of(model: str) -> str:
 
 
 def _print_ready(url: str, name: str, settings: Any) -> None:
-    key = ' -H "Authorization: Bearer $PEREGRINE_API_KEY"' if settings.serving.api_keys or settings.tenants.is_on else ""
+    key = (
+        ' -H "Authorization: Bearer $PEREGRINE_API_KEY"'
+        if settings.serving.api_keys or settings.tenants.is_on
+        else ""
+    )
     console.print(f"[bold green]Ready[/] at {url}/v1 with {settings.cluster.replicas} replica(s) of {name}.")
     if (num_tokens := _kv_cache_tokens(url, settings.engine.block_size)) is not None:
         dtype = settings.engine.kv_cache_dtype
@@ -473,7 +477,7 @@ def bench_kernels(
     formats: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     sizes: Annotated[str | None, typer.Option(help="N x K, e.g. 8192x8192,4096x14336.")] = None,
 ) -> None:
-    """Products over packed weights on a Hopper GPU, cold, beside the read-only rate."""
+    """Products over packed weights on a Hopper GPU, cold, beside the read-only rate; and sampling."""
     from deploy.bench import report
     from kernels import bench as kernel_bench
 
@@ -482,6 +486,7 @@ def bench_kernels(
         names = formats.split(",") if formats else None
         counts = [int(t) for t in tokens.split(",")]
         rows = list(kernel_bench.run(counts, names, shapes or kernel_bench.SHAPES))  # type: ignore[arg-type]
+        rows += kernel_bench.run_sampling()
     except ValueError as error:
         raise fail(str(error)) from None
     report.publish(rows, "Kernels", json_path)

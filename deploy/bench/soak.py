@@ -1,10 +1,10 @@
-"""Many decode steps on a GPU: none hangs, and the same prompt gives the same tokens every time.
+"""Many decode steps on a GPU: none hangs, and the same prompt and seed give the same tokens every time.
 
     python -m deploy.bench.soak [--shape 8b] [--layers 2] [--bits 4.25] [--batch 1] [--steps 100000]
 
-A race, a lost block or a NaN anywhere in a step changes tokens from there on, which greedy decoding feeds
-back. The model has random weights in the shape of a real one, with fewer layers; a step that hangs ends with
-the kernel's own deadline and an error.
+A race, a lost block or a NaN anywhere in a step changes tokens from there on, which decoding feeds back. They
+are sampled: the model has random weights in the shape of a real one, with fewer layers, and would soon repeat
+its best ones. A step that hangs ends with the kernel's own deadline and an error.
 """
 
 import time
@@ -62,11 +62,11 @@ def run(shape: str, layers: int, bits: float, batch: int, steps: int) -> dict[st
 
 
 def _round(core: EngineCore, batch: int, number: int) -> list[list[int]]:
-    params = SamplingParams(temperature=0.0, max_tokens=_TOKENS, ignore_eos=True)
     texts: dict[str, list[int]] = {}
     for i in range(batch):
         texts[f"{number}-{i}"] = []
         prompt = tuple(range(1 + i, 1 + i + _PROMPT))
+        params = SamplingParams(temperature=1.0, seed=i, max_tokens=_TOKENS, ignore_eos=True)
         core.add_request(AddRequest(f"{number}-{i}", prompt, params, time.perf_counter()))
     while core.has_work:
         for output in core.step().outputs:
