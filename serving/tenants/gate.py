@@ -104,6 +104,8 @@ class Gate:
 
     def left(self, visit: "TenantVisit", output_tokens: int) -> None:
         self._visits.discard(visit)
+        if not output_tokens:
+            return
         mean = self._mean_output.setdefault(visit.tenant, output_tokens)
         self._mean_output[visit.tenant] = mean + _WEIGHT * (output_tokens - mean)
 

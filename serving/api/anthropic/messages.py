@@ -18,6 +18,7 @@ from serving.api.generation import Job, Presenter, respond
 from serving.state import ReplicaState
 from serving.strict_json import StrictJsonRoute
 from serving.telemetry.exchange import Exchange
+from serving.tenants.visit import Visit
 from serving.tools import ChatPlan
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -60,9 +61,11 @@ def messages_router(state: ReplicaState) -> APIRouter:
         )
 
     @router.post("/v1/messages/count_tokens")
-    async def count_tokens(body: CountTokensRequest) -> TokenCount:
+    async def count_tokens(request: Request, body: CountTokensRequest) -> TokenCount:
         """The tokens that a request with this conversation has to read."""
         state.check_model(body.model)
+        visit: Visit = request.state.visit
+        visit.check_model(body.model)
         job, _ = await _job(state.engine, body, conversation_of(body), SamplingParams())
         return TokenCount(input_tokens=len(job.prompts[0]))
 

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Scope
@@ -13,6 +13,7 @@ from serving.api.anthropic.errors import VERSION_HEADER
 from serving.api.anthropic.responses import AnthropicModel, AnthropicModels
 from serving.api.anthropic.version import check_version
 from serving.state import ReplicaState
+from serving.tenants.visit import Visit
 
 
 class _VersionedRoute(APIRoute):
@@ -42,24 +43,29 @@ def anthropic_models_router(state: ReplicaState) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models(
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 20,
         before_id: str | None = None,
         after_id: str | None = None,
     ) -> AnthropicModels:
-        """A page of the models that this server has."""
+        """A page of the models that this server has, and the caller may use."""
         model = card()
         for name, cursor in (("before_id", before_id), ("after_id", after_id)):
             if cursor not in (None, model.id):
                 raise ParameterError(name, f"must be the id of a model, got {cursor!r}")
-        models = [model] if before_id is None and after_id is None else []
+        visit: Visit = request.state.visit
+        is_shown = before_id is None and after_id is None and visit.may_use(model.id)
+        models = [model] if is_shown else []
         shown = models[:limit]
         ids = [m.id for m in shown]
         return AnthropicModels(data=shown, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
     @router.get("/v1/models/{model:path}")
-    async def retrieve_model(model: str) -> AnthropicModel:
+    async def retrieve_model(request: Request, model: str) -> AnthropicModel:
         """One model; its name may contain slashes."""
         state.check_model(model)
+        visit: Visit = request.state.visit
+        visit.check_model(model)
         return card()
 
     return router

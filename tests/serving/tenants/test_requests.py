@@ -11,6 +11,7 @@ from serving.tenants.ledger import Limits, Verdict
 from tests.serving.tenants.conftest import OPERATOR, until
 
 PROMPT_TOKENS = 10  # of the double's tokenizer, for the usual body
+VERSION = {"anthropic-version": "2023-06-01"}
 MESSAGES = {"model": "double", "max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -85,11 +86,20 @@ async def test_a_model_that_is_not_allowed_is_not_there(make_cluster):
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     assert (await replica.post(cluster.keys["beta"])).status_code == 200
     for name, shown in (("acme", []), ("beta", ["double"])):
-        headers = {"authorization": f"Bearer {cluster.keys[name]}"}
-        listed = (await replica.client.get("/v1/models", headers=headers)).json()["data"]
-        assert [model["id"] for model in listed] == shown
-        one = await replica.client.get("/v1/models/double", headers=headers)
-        assert one.status_code == (200 if shown else 404)
+        status = 200 if shown else 404
+        for version in ({}, VERSION):
+            headers = {"authorization": f"Bearer {cluster.keys[name]}", **version}
+            listed = (await replica.client.get("/v1/models", headers=headers)).json()["data"]
+            assert [model["id"] for model in listed] == shown
+            one = await replica.client.get("/v1/models/double", headers=headers)
+            assert one.status_code == status
+        for path, body in (
+            ("/v1/messages/count_tokens", {k: v for k, v in MESSAGES.items() if k != "max_tokens"}),
+            ("/tokenize", {"prompt": "hello"}),
+            ("/detokenize", {"tokens": [1]}),
+        ):
+            answer = await replica.client.post(path, json=body, headers=headers)
+            assert answer.status_code == status, path
 
 
 async def test_tiers_are_refused_by_name_and_the_first_is_the_default(make_cluster):
@@ -111,7 +121,7 @@ async def test_tiers_are_refused_by_name_and_the_first_is_the_default(make_clust
 async def test_anthropics_api_refuses_in_its_own_way(make_cluster):
     cluster = await make_cluster(acme={"requests_per_minute": 1, "tokens_per_minute": 1000})
     replica = cluster.replicas[0]
-    headers = {"x-api-key": cluster.keys["acme"], "anthropic-version": "2023-06-01"}
+    headers = {"x-api-key": cluster.keys["acme"], **VERSION}
     answers = [await replica.client.post("/v1/messages", json=MESSAGES, headers=headers) for _ in range(2)]
     assert [r.status_code for r in answers] == [200, 429]
     refused = answers[1]
