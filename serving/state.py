@@ -1,6 +1,7 @@
 """What a replica's routes share: the engine, once there is one, and admission."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -21,6 +22,7 @@ from serving.tiers import Service
 _STATS_PERIOD_S = 0.5
 
 
+@functools.cache  # every answer names it, and it stands in a file that takes a millisecond to parse
 def package_version() -> str:
     try:
         return version("peregrine-llm")
