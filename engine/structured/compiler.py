@@ -85,6 +85,9 @@ def _compile(constraint: Constraint, vocabulary: "Future[LLTokenizer]") -> "LLMa
     if not matcher.is_error():
         matcher.compute_bitmask()  # the first mask builds what the others use, and finds an empty language
     if matcher.is_error():
-        reason = matcher.get_error().strip()[:_MAX_REASON]
+        reason = matcher.get_error().strip()
+        # Of a schema inside a grammar the library shows the grammar's line, which the client may not know.
+        _, _, of_schema = reason.partition("failed to compile JSON schema: ")
+        reason = (of_schema.partition("\n")[0] or reason)[:_MAX_REASON]
         raise ParameterError(constraint.name, f"is not supported: {reason}")
     return matcher

@@ -1,31 +1,25 @@
-"""The JSON schema of an output that calls."""
+"""The JSON schema of an output that is a call or an answer of a form of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.tools.definitions import ToolDefinition
 
-MAX_FORCED_CALLS = 16
-"""Of one answer that has to call: without a limit a weak model calls until the context is full."""
-
 _DATA_KEYWORDS = ("const", "enum", "default", "examples")
+_ANSWER = "the.answer"  # no tool can have this name
 
 
-def call_schema(
+def call_or_answer(
     tools: Sequence[ToolDefinition],
     arguments_key: str,
+    answer: Mapping[str, Any] | bool,
     *,
     is_parallel: bool,
-    or_answer: Mapping[str, Any] | bool | None = None,
 ) -> dict[str, Any]:
-    """Schema of a call of one of the tools, or of a list of 1 to MAX_FORCED_CALLS calls.
-
-    The name stands before the arguments, so that both can be streamed as they are written.
-
-    or_answer: a schema that an output without a call has; None where it has to call.
-    """
+    """Schema of an answer, a call of one of the tools or, where they may be several, a list of calls."""
     definitions: dict[str, Any] = {t.name: moved(t.parameters, f"#/$defs/{t.name}") for t in tools}
-    calls = [
+    definitions[_ANSWER] = moved(answer, f"#/$defs/{_ANSWER}")
+    calls: list[dict[str, Any]] = [
         {
             "type": "object",
             "properties": {"name": {"const": t.name}, arguments_key: {"$ref": f"#/$defs/{t.name}"}},
@@ -34,17 +28,9 @@ def call_schema(
         }
         for t in tools
     ]
-    call: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    schema = call
     if is_parallel:
-        schema = {"type": "array", "items": call, "minItems": 1, "maxItems": MAX_FORCED_CALLS}
-    if or_answer is not None:
-        definitions[_ANSWER] = moved(or_answer, f"#/$defs/{_ANSWER}")
-        schema = {"anyOf": [schema, {"$ref": f"#/$defs/{_ANSWER}"}]}
-    return {**schema, "$defs": definitions}
-
-
-_ANSWER = "the.answer"  # no tool can have this name
+        calls.append({"type": "array", "items": {"anyOf": calls.copy()}, "minItems": 1})
+    return {"anyOf": [*calls, {"$ref": f"#/$defs/{_ANSWER}"}], "$defs": definitions}
 
 
 def moved(schema: Any, place: str) -> Any:

@@ -19,7 +19,7 @@ class ToolDefinition:
         name: of letters, digits, `_` and `-`; unique among a request's tools.
         parameters: JSON schema of the arguments, of type object.
         is_strict: a call's arguments are held to the schema while they are written.
-        field: the request's field that defines it, for errors: `tools[0].function`.
+        field: the request's field that holds the parameters, for errors: `tools[0].function.parameters`.
     """
 
     name: str

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import Constraint, ParameterError, SamplingParams
-from serving.tools.call_grammar import call_grammar
-from serving.tools.call_schema import call_schema
+from serving.tools.call_grammar import forced_grammar, free_grammar
+from serving.tools.call_schema import call_or_answer
 from serving.tools.definitions import Message, ToolChoice, ToolDefinition
 from serving.tools.parser import ToolCallParser
 from serving.tools.rendering import with_template, without_template
 from serving.tools.syntax import CallSyntax, knows_tools, syntax_of
-
-_NAME = "tools"
-"""Of the constraint, in errors about a schema that cannot be held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +86,21 @@ def _constraint(
     own = params.constraint
     if not usable:
         return own
+    # An error about a schema that cannot be held names the tool where there is only one.
+    name = usable[0].field if len(usable) == 1 else "tools"
     # A choice of one tool by name is one call: that is what asking for it by name means in every API.
-    is_parallel = choice.is_parallel and not (choice.names is not None and len(choice.names) == 1)
+    is_one = choice.mode == "required" and choice.names is not None and len(choice.names) == 1
+    is_parallel = choice.is_parallel and not is_one
     if choice.mode == "required":
-        schema = call_schema(usable, syntax.arguments_key, is_parallel=is_parallel)
-    elif own is None:
+        return Constraint("grammar", forced_grammar(usable, syntax, is_parallel=is_parallel), name)
+    if own is None:
         if not any(tool.is_strict for tool in usable):
             return None
-        grammar = call_grammar(usable, syntax, token_id, is_parallel=is_parallel)
-        return Constraint("grammar", grammar, _NAME)
-    elif own.kind == "json_schema":
-        answer = json.loads(own.value)
-        schema = call_schema(usable, syntax.arguments_key, is_parallel=is_parallel, or_answer=answer)
-    elif own.kind == "json_object":
+        return Constraint("grammar", free_grammar(usable, syntax, token_id, is_parallel=is_parallel), name)
+    if own.kind == "json_object":
         return own  # a call without marks is a JSON object
-    else:
-        raise ParameterError(
-            "tool_choice", f"must be none or required where the answer is held to a {own.kind}"
-        )
-    return Constraint("json_schema", json.dumps(schema), _NAME)
+    if own.kind == "json_schema":
+        answer = json.loads(own.value)
+        schema = call_or_answer(usable, syntax.arguments_key, answer, is_parallel=is_parallel)
+        return Constraint("json_schema", json.dumps(schema), own.name)
+    raise ParameterError("tool_choice", f"must be none or required where the answer is held to a {own.kind}")

@@ -93,7 +93,9 @@ def tool_definitions(tools: Sequence[ChatTool]) -> tuple[ToolDefinition, ...]:
         if name in seen:
             raise ParameterError(f"tools[{number}].function.name", f"{name!r} is the name of two tools")
         seen.add(name)
-    return tuple(_definition(tool.function, f"tools[{i}].function") for i, tool in enumerate(tools))
+    return tuple(
+        _definition(tool.function, f"tools[{i}].function.parameters") for i, tool in enumerate(tools)
+    )
 
 
 def tool_choice(
@@ -113,9 +115,10 @@ def tool_choice(
     return ToolChoice(allowed.mode, tuple(tool.function.name for tool in allowed.tools), is_parallel)
 
 
-def _definition(function: FunctionDefinition, field: str) -> ToolDefinition:
+def _definition(function: FunctionDefinition, number: int) -> ToolDefinition:
+    field = f"tools[{number}].function.parameters"
     if function.parameters:
-        check_parameters(function.parameters, f"{field}.parameters")
+        check_parameters(function.parameters, field)
     return ToolDefinition(
         function.name,
         function.description or "",

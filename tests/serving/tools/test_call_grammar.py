@@ -92,6 +92,22 @@ def test_text_is_free_and_calls_are_not(allows, family):
         assert not allows(family, f"{good}; {bad}"), bad
 
 
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_call_that_has_to_come(allows, family):
+    good, free = call(family, x=1), call(family, "free-2", y=1)
+    for choice in ({"mode": "required"}, {"mode": "required", "is_parallel": False}):
+        is_list = choice.get("is_parallel", True)
+        assert allows(family, f"[{good}]", **choice) == is_list
+        assert allows(family, f"[{good}, {good}]", **choice) == is_list
+        assert allows(family, good, **choice) != is_list
+    for bad in ("", "Hello", "[]", f"[{call(family, x='1')}]", f"[{good}, ]", f"[{', '.join([good] * 17)}]"):
+        assert not allows(family, bad, mode="required"), bad
+    assert allows(family, good, mode="required", names=("f",)), "a tool by its name is one call"
+    assert not allows(family, f"[{good}]", mode="required", names=("f",))
+    assert not allows(family, free, mode="required", names=("f",))
+    assert not allows(family, f"[{free}]", mode="required"), "strict or not: free-2 has no parameters"
+
+
 def test_one_call_where_several_are_not_wanted(allows):
     good = call("hermes", x=1)
     assert allows("hermes", marked("hermes", good), is_parallel=False)

@@ -8,7 +8,6 @@ import pytest
 
 from engine import Constraint, ParameterError, SamplingParams
 from serving.tools import Message, ToolCall, ToolChoice, ToolDefinition, plan_chat
-from serving.tools.call_schema import MAX_FORCED_CALLS
 from serving.tools.parameters import check_parameters
 from serving.tools.syntax import HERMES, LLAMA, MISTRAL, PLAIN_JSON, syntax_of
 
@@ -30,6 +29,7 @@ TREE: dict[str, Any] = {
 }
 WEATHER = ToolDefinition("weather", "Tells the weather.", CITY)
 TREES = ToolDefinition("trees", "", TREE)
+AUTO = ToolChoice()
 HELLO = (Message("user", "Hello"),)
 KNOWS_TOOLS = "{% if tools %}<tool_call>{{ tools }}{% endif %}"
 CALLS = (ToolCall("call_1", "weather", '{"city": "Rome"}'), ToolCall("call_2", "trees", ""))
@@ -41,11 +41,22 @@ ASKED = (
 )
 
 
-def schema_of(tools, choice, template=None, **params) -> dict[str, Any]:
-    plan = plan_chat(HELLO, tools, choice, SamplingParams(**params), template)
-    assert plan.params.constraint.kind == "json_schema"
-    assert plan.params.constraint.name == "tools"
-    schema = json.loads(plan.params.constraint.value)
+ANSWER = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/n"}},
+    "required": ["x"],
+    "additionalProperties": False,
+    "$defs": {"n": {"type": "integer"}},
+}
+
+
+def schema_of(tools, choice=AUTO, template=None) -> dict[str, Any]:
+    """Of an output that is a call or ANSWER."""
+    own = SamplingParams(constraint=Constraint("json_schema", json.dumps(ANSWER), "response_format"))
+    constraint = plan_chat(HELLO, tools, choice, own, template).params.constraint
+    assert constraint.kind == "json_schema"
+    assert constraint.name == "response_format"
+    schema = json.loads(constraint.value)
     jsonschema.Draft202012Validator.check_schema(schema)
     return schema
 
@@ -58,29 +69,8 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-def test_a_named_tool_is_one_call_of_it():
-    schema = schema_of([WEATHER, TREES], ToolChoice("required", ("weather",)))
-    assert holds(schema, call("weather", city="Rome"))
-    assert not holds(schema, [call("weather", city="Rome")])
-    assert not holds(schema, call("weather"))
-    assert not holds(schema, call("trees"))
-    assert next(iter(schema["properties"])) == "name", "streamed before the arguments"
-
-
-def test_a_call_that_has_to_come_is_one_or_several_of_any_tool():
-    schema = schema_of([WEATHER, TREES], ToolChoice("required"))
-    assert holds(schema, [call("weather", city="Rome")])
-    assert holds(schema, [call("trees"), call("weather", city="Rome")])
-    assert not holds(schema, [])
-    assert not holds(schema, [call("trees")] * (MAX_FORCED_CALLS + 1))
-    assert not holds(schema, [call("other")])
-    one = schema_of([WEATHER, TREES], ToolChoice("required", is_parallel=False))
-    assert holds(one, call("trees"))
-    assert not holds(one, [call("trees")])
-
-
 def test_references_hold_inside_the_calls():
-    schema = schema_of([WEATHER, TREES], ToolChoice("required", ("trees",)))
+    schema = schema_of([WEATHER, TREES])
     assert holds(schema, call("trees", root={"sons": [{"sons": []}]}, self={"root": {}}))
     assert not holds(schema, call("trees", root={"sons": [{"sons": 1}]}))
     assert not holds(schema, call("trees", self={"root": 1}))
@@ -88,23 +78,23 @@ def test_references_hold_inside_the_calls():
 
 
 def test_arguments_are_called_as_the_family_does():
-    llama = "{% if tools %}<|python_tag|>{% endif %}"
-    schema = schema_of([WEATHER], ToolChoice("required", ("weather",)), llama)
+    schema = schema_of([WEATHER], template="{% if tools %}<|python_tag|>{% endif %}")
     assert holds(schema, {"name": "weather", "parameters": {"city": "Rome"}})
+    assert next(iter(schema["anyOf"][0]["properties"])) == "name", "streamed before the arguments"
 
 
 def test_a_call_or_an_answer_of_the_schema_asked_for():
-    answer = {
-        "type": "object",
-        "properties": {"x": {"$ref": "#/$defs/n"}},
-        "required": ["x"],
-        "$defs": {"n": {"type": "integer"}},
-    }
-    own = Constraint("json_schema", json.dumps(answer))
-    schema = schema_of([WEATHER], ToolChoice(is_parallel=False), constraint=own)
+    schema = schema_of([WEATHER, TREES])
     assert holds(schema, {"x": 1})
     assert not holds(schema, {"x": "1"})
     assert holds(schema, call("weather", city="Rome"))
+    assert not holds(schema, call("weather"))
+    assert not holds(schema, call("other"))
+    assert holds(schema, [call("trees"), call("weather", city="Rome")])
+    assert not holds(schema, [])
+    one = schema_of([WEATHER, TREES], ToolChoice(is_parallel=False))
+    assert holds(one, call("trees"))
+    assert not holds(one, [call("trees")])
 
 
 def test_other_constraints_and_tools():
