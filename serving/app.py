@@ -10,6 +10,8 @@ from serving.api.chat import chat_router
 from serving.api.completions import completions_router
 from serving.api.embeddings import embeddings_router
 from serving.api.operations import operations_router
+from serving.api.responses.kept import AskPeers
+from serving.api.responses.routes import responses_router
 from serving.api.tokens import tokens_router
 from serving.errors import ErrorResponse, install_error_handlers
 from serving.middleware import FrontDoor
@@ -26,10 +28,16 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peers | None = None) -> FastAPI:
+def create_app(
+    state: ReplicaState,
+    *,
+    answers_with_id: bool = True,
+    peers: Peers | None = None,
+    response_peers: AskPeers | None = None,
+) -> FastAPI:
     """The app; `state` may get its engine later (`ReplicaState.ready`), until then requests get 503.
 
-    `answers_with_id`: see `FrontDoor`. `peers`: see `StatusBoard`.
+    `answers_with_id`: see `FrontDoor`. `peers`: see `StatusBoard`. `response_peers`: see `KeptResponses`.
     """
     app = FastAPI(
         title="Peregrine",
@@ -43,6 +51,7 @@ def create_app(state: ReplicaState, *, answers_with_id: bool = True, peers: Peer
         app.include_router(anthropic_router(state))
     for router in (chat_router, completions_router, embeddings_router, tokens_router, operations_router):
         app.include_router(router(state, _RESPONSES))
+    app.include_router(responses_router(state, _RESPONSES, response_peers))
     if state.gate is not None:
         app.include_router(usage_router(state.gate, _RESPONSES))
     if state.settings.status_page:

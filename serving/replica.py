@@ -19,10 +19,12 @@ from engine import EngineConfig, EngineDeadError, InferenceEngine
 from monitoring import Recorder
 from monitoring.bandwidth import device_bandwidth
 from monitoring.exporter import Exporter
+from serving.api.responses.store import StoredResponse
 from serving.app import create_app
 from serving.dispatch.deployment import QUIET
 from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
+from serving.errors import not_ready
 from serving.settings import ServingSettings
 from serving.state import ReplicaState, package_version
 from serving.status.board import PeersSilentError
@@ -104,7 +106,9 @@ class Replica:
         self._publisher = asyncio.create_task(self._state.publish_stats())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._state, answers_with_id=False, peers=self._peers)
+        return create_app(
+            self._state, answers_with_id=False, peers=self._peers, response_peers=self._ask_for_response
+        )
 
     async def report_to(self, router: str) -> None:
         """A router asks for this replica's events: host:port. It may ask again."""
@@ -126,6 +130,28 @@ class Replica:
         except (TimeoutError, RayError, RayServeException) as error:
             raise PeersSilentError(type(error).__name__) from error
         return [answer for answer in answers if isinstance(answer, Snapshot)]
+
+    async def kept_response(self, response_id: str, owner: str | None, forget: bool) -> StoredResponse | None:
+        """What this replica keeps, for whichever is asked for it."""
+        store = self._state.responses
+        return store.pop(response_id, owner) if forget else store.get(response_id, owner)
+
+    async def _ask_for_response(
+        self, response_id: str, owner: str | None, forget: bool
+    ) -> StoredResponse | None:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        silent = not_ready("Not every replica that may keep this response could be asked; please retry.")
+        try:
+            answers = await handle.broadcast("kept_response", response_id, owner, forget).results_async(
+                timeout_s=_PEERS_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, RayError, RayServeException):
+            raise silent from None
+        found = next((answer for answer in answers if isinstance(answer, StoredResponse)), None)
+        if found is None and any(isinstance(answer, BaseException) for answer in answers):
+            raise silent
+        return found
 
     def _observe(self, telemetry: TelemetrySettings) -> "SpanWriter | None":
         """Spans first: the log line then names their trace."""

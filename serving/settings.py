@@ -9,6 +9,19 @@ from monitoring.exporter import MetricsSettings
 from serving.tiers import TIERS, Tier
 
 
+class ResponseStoreSettings(BaseModel):
+    """The `serving.responses` section: how many of its answers each replica keeps in its memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_count: int = Field(default=1000, ge=0)
+    """0 keeps none."""
+    max_bytes: int = Field(default=64 * 2**20, ge=1024)
+    """Counted as if no conversation shared its beginning with another."""
+    ttl_s: float = Field(default=3600.0, gt=0)
+    """After which an answer is forgotten."""
+
+
 class ServingSettings(BaseModel):
     """The `serving` section of the configuration."""
 
@@ -33,6 +46,8 @@ class ServingSettings(BaseModel):
     tiers: Mapping[str, Tier] = Field(default_factory=lambda: dict(TIERS), validate_default=True)
     """Service tiers by name; those given here replace or extend the built-in ones."""
 
+    responses: ResponseStoreSettings = ResponseStoreSettings()
+    """What `previous_response_id` may go on from."""
     metrics: MetricsSettings = MetricsSettings()
     """Addresses for Prometheus, one of each replica and router."""
 

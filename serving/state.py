@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from engine import InferenceEngine, PoolingParams, RequestOutput, SamplingParams, Urgency
 from monitoring import Recorder
 from serving.admission import Admission
+from serving.api.responses.store import ResponseStore
 from serving.dispatch.reporter import RouterLinks
 from serving.errors import ApiError, not_ready
 from serving.settings import ServingSettings
@@ -53,6 +54,7 @@ class ReplicaState:
         self.created = int(time.time())
         self.admission = Admission(settings, recorder)
         self.activity = Activity()
+        self.responses = ResponseStore(settings.responses)
         self.observers: list[Callable[[Exchange], None]] = [self.activity.record]
         """Called in order with every exchange that has ended."""
         self.gate: Gate | None = None

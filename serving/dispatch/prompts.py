@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic_core import from_json
 
@@ -13,6 +13,7 @@ from serving.tiers import Tier, tier_named
 
 # Whose first token may take longer than this has nobody waiting for it.
 _INTERACTIVE_TTFT_S = 30.0
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,7 @@ def routed_request(flight_id: str, body: bytes, num_bytes: int, tiers: Mapping[s
     return RoutedRequest(
         flight_id,
         prompt_tokens=max(1, prompt.num_tokens + missing),
-        max_output_tokens=_positive(fields.get("max_completion_tokens"))
-        or _positive(fields.get("max_tokens")),
+        max_output_tokens=next(filter(None, (_positive(fields.get(name)) for name in _LIMITS)), None),
         block_hashes=prompt.block_hashes,
         kind=RequestKind.BATCH if tier and tier.ttft_s > _INTERACTIVE_TTFT_S else RequestKind.INTERACTIVE,
         priority=tier.priority if tier else 0,
@@ -48,7 +48,10 @@ def routed_request(flight_id: str, body: bytes, num_bytes: int, tiers: Mapping[s
 
 
 def _prompt_of(fields: dict[str, Any]) -> _Prompt:
-    messages, prompt = fields.get("messages"), fields.get("prompt")
+    messages, prompt = fields.get("messages"), fields.get("prompt", fields.get("input"))
+    if _is_items(prompt):  # the Responses API's
+        instructions = [{"role": "system", "content": fields.get("instructions")}]
+        return _of_text(_tools_of(fields) + "".join(_text_of(i) for i in [*instructions, *prompt]))
     if isinstance(messages, list):
         turns = messages
         if (system := fields.get("system")) is not None:  # Anthropic's form
@@ -62,6 +65,10 @@ def _prompt_of(fields: dict[str, Any]) -> _Prompt:
         first = _of_text(texts[0]) if texts else _Prompt(0, [])
         return _Prompt(sum(map(len, texts)) // BYTES_PER_TOKEN, first.block_hashes)
     return _of_text(prompt) if isinstance(prompt, str) else _Prompt(0, [])
+
+
+def _is_items(prompt: Any) -> TypeGuard[list[Any]]:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(item, dict) for item in prompt)
 
 
 def _tools_of(fields: dict[str, Any]) -> str:
