@@ -93,9 +93,7 @@ def tool_definitions(tools: Sequence[ChatTool]) -> tuple[ToolDefinition, ...]:
         if name in seen:
             raise ParameterError(f"tools[{number}].function.name", f"{name!r} is the name of two tools")
         seen.add(name)
-    return tuple(
-        _definition(tool.function, f"tools[{i}].function.parameters") for i, tool in enumerate(tools)
-    )
+    return tuple(_definition(tool.function, i) for i, tool in enumerate(tools))
 
 
 def tool_choice(
