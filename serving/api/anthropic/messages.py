@@ -1,6 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens."""
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving.state import ReplicaState
 from serving.strict_json import StrictJsonRoute
 from serving.telemetry.exchange import Exchange
 from serving.tenants.visit import Visit
+from serving.tiers import Tier
 from serving.tools import ChatPlan
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -46,7 +48,8 @@ def messages_router(state: ReplicaState) -> APIRouter:
 
         async def prepare(engine: InferenceEngine) -> tuple[Job, Presenter]:
             job, plan = await _job(engine, body, conversation, body.sampling_params())
-            tier = _tier_shown(body.service_tier)
+            assert exchange.generation is not None  # `respond` has it begun
+            tier = _tier_shown(exchange.generation.tier, state.settings.tiers)
             return job, MessagePresenter(job, plan.parser(_new_call_id), tier, exchange.request_id)
 
         return await respond(
@@ -92,8 +95,7 @@ def _new_call_id() -> str:
     return f"toolu_{uuid.uuid4().hex[:24]}"
 
 
-def _tier_shown(service_tier: str | None) -> ServiceTier:
-    """By Anthropic's names; the tiers that are more urgent than the default are its priority."""
-    if service_tier in (None, "auto", "standard_only", "default"):
-        return "standard"
-    return "batch" if service_tier in ("batch", "flex") else "priority"
+def _tier_shown(name: str, tiers: Mapping[str, Tier]) -> ServiceTier:
+    """By Anthropic's names: more urgent than the default is its priority, less urgent its batch."""
+    more = tiers["default"].priority - tiers[name].priority
+    return "standard" if more == 0 else "priority" if more > 0 else "batch"
