@@ -5,7 +5,8 @@ import contextlib
 import logging
 
 from serving.dispatch.dispatcher import Dispatcher
-from serving.dispatch.messages import MAX_LINE_BYTES, Hello, decode
+from serving.dispatch.messages import Hello, decode
+from serving.lines import MAX_LINE_BYTES
 
 logger = logging.getLogger(__name__)
 

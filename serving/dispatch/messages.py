@@ -1,14 +1,13 @@
 """What a replica tells a router: one JSON array a line, the type's name first."""
 
-import json
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 from engine import StepCost
+from serving.lines import LineCodec
 
 EndReason = Literal["finished", "aborted", "failed"]
 END_REASONS: tuple[EndReason, ...] = ("finished", "aborted", "failed")
-MAX_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +73,5 @@ class Report:
 
 
 Message = Hello | Held | Arrived | FirstToken | Ended | Report
-_TYPES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Held, Arrived, FirstToken, Ended, Report)
-}
-
-
-def encode(message: Message) -> bytes:
-    return json.dumps([type(message).__name__, *astuple(message)], separators=(",", ":")).encode() + b"\n"
-
-
-def decode(line: bytes) -> Message:
-    """Raises ValueError for anything but a message."""
-    try:
-        name, *fields = json.loads(line)
-        return _TYPES[name](*fields)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no message of a replica: {line[:80]!r}") from error
+_codec: LineCodec[Message] = LineCodec(Hello, Held, Arrived, FirstToken, Ended, Report)
+encode, decode = _codec.encode, _codec.decode
