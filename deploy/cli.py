@@ -535,6 +535,19 @@ def bench_metrics(
     report.publish(rows, "Metrics beside a decode step", json_path)
 
 
+@bench.command("tenants")
+def bench_tenants(
+    json_path: JsonPath = None,
+    concurrencies: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8,64",
+    requests: Annotated[int, typer.Option(min=100, help="Of each row.")] = 20_000,
+) -> None:
+    """What a tenant's limits add to a request."""
+    from deploy.bench import report, tenant_limits
+
+    rows = tenant_limits.run([int(c) for c in concurrencies.split(",")], requests)
+    report.publish(rows, "Limits of tenants", json_path)
+
+
 @bench.command("router")
 def bench_router(
     replicas: Annotated[str, typer.Option(help="Comma-separated.")] = "4,16",
