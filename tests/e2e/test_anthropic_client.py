@@ -7,6 +7,7 @@ import signal
 
 import anthropic
 import httpx
+import pydantic
 import pytest
 
 from deploy.ray_environment import free_port
@@ -155,10 +156,44 @@ def test_a_streamed_call(claude):
     assert final.stop_reason == "tool_use"
 
 
+def test_the_clients_agent(claude):
+    """Its tool runner asks the server to keep the conversation first, and goes on without when refused."""
+    cities = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather of a city.
+
+        Args:
+            city: The city's name.
+        """
+        cities.append(city)
+        return "Sunny, 24 degrees."
+
+    forced = {"type": "tool", "name": "get_weather"}
+    fields = {**GREEDY, "messages": ROME, "max_tokens": 100, "tool_choice": forced}
+    runner = claude.beta.messages.tool_runner(**fields, tools=[get_weather], max_iterations=2)
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert cities
+    assert all(isinstance(city, str) for city in cities)
+
+
 def test_an_answer_held_to_a_schema(claude):
     shape = {"type": "json_schema", "schema": WEATHER["input_schema"]}
     answer = ask(claude, messages=ROME, output_config={"format": shape}, max_tokens=100)
     assert json.loads(answer.content[0].text).keys() == {"city", "unit"}
+
+
+class Weather(pydantic.BaseModel):
+    city: str
+    celsius: int
+
+
+def test_a_parsed_answer(claude):
+    fields = {**GREEDY, "messages": ROME, "max_tokens": 100, "output_format": Weather}
+    assert isinstance(claude.messages.parse(**fields).parsed_output, Weather)
+    with claude.messages.stream(**fields) as stream:
+        assert isinstance(stream.get_final_message().parsed_output, Weather)
 
 
 def test_models(claude):

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from engine import ParameterError
 from serving.api.anthropic.blocks import Block, TextBlock, ToolResultBlock, ToolUseBlock, text_of
+from serving.api.anthropic.errors import THREAD_UNSUPPORTED
 from serving.api.anthropic.requests import CountTokensRequest, InputMessage
+from serving.errors import ApiError
 from serving.tools import Message, ToolCall
 
 
@@ -22,8 +24,11 @@ def conversation_of(body: CountTokensRequest) -> Conversation:
     """The request's turns, neighbours of one role combined, as Anthropic's API does.
 
     Raises ParameterError where results do not follow the calls that they answer, and where a turn has no
-    content or has blocks that its role cannot have.
+    content or has blocks that its role cannot have; ApiError 400 for a conversation that is to be kept here.
     """
+    if body.thread is not None:
+        reason = "thread: conversations are not kept here; send the whole of it in messages."
+        raise ApiError(400, reason, param="thread", code=THREAD_UNSUPPORTED)
     messages: list[Message] = []
     if system := text_of(body.system):
         messages.append(Message("system", system))

@@ -11,6 +11,10 @@ from serving.errors import ApiError
 VERSION_HEADER = b"anthropic-version"
 _MESSAGES, _MODELS = "/v1/messages", "/v1/models"
 
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+"""Anthropic's code, on which its clients' agents send the whole conversation instead."""
+_CODES_SHOWN = frozenset({THREAD_UNSUPPORTED})
+
 _INVALID = "invalid_request_error"
 # By the status of our own error. Where Anthropic's API has another status for the case, it is the one shown;
 # its clients retry 429 and all from 500 on.
@@ -26,9 +30,15 @@ _SHOWN: Mapping[int, tuple[int, str]] = {
 }
 
 
+class AnthropicErrorDetails(BaseModel):
+    error_code: str
+
+
 class AnthropicErrorBody(BaseModel):
     type: str
     message: str
+    details: AnthropicErrorDetails | None = None
+    """Where Anthropic has a code for the cause; absent otherwise."""
 
 
 class AnthropicErrorResponse(BaseModel):
@@ -48,15 +58,18 @@ def speaks_anthropic(path: str, headers: Mapping[bytes, bytes]) -> bool:
 
 
 def anthropic_error(error: ApiError, request_id: str) -> AnthropicErrorResponse:
+    """To be serialized without what is None."""
     _, kind = _SHOWN.get(error.status_code, (error.status_code, _INVALID))
+    details = AnthropicErrorDetails(error_code=error.code) if error.code in _CODES_SHOWN else None
     return AnthropicErrorResponse(
-        error=AnthropicErrorBody(type=kind, message=str(error.detail)), request_id=request_id
+        error=AnthropicErrorBody(type=kind, message=str(error.detail), details=details), request_id=request_id
     )
 
 
 def anthropic_response(error: ApiError, request_id: str) -> JSONResponse:
     status, _ = _SHOWN.get(error.status_code, (error.status_code, _INVALID))
-    return JSONResponse(anthropic_error(error, request_id).model_dump(), status, headers=error.headers)
+    body = anthropic_error(error, request_id).model_dump(exclude_none=True)
+    return JSONResponse(body, status, headers=error.headers)
 
 
 def _is_under(path: str, root: str) -> bool:

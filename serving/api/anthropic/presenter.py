@@ -71,7 +71,7 @@ class MessagePresenter:
         return _event("message_delta", f'"delta":{delta},"usage":{shown}') + _event("message_stop")
 
     def failure(self, error: ApiError) -> bytes:
-        body = anthropic_error(error, self._request_id).model_dump_json()
+        body = anthropic_error(error, self._request_id).model_dump_json(exclude_none=True)
         return f"event: error\ndata: {body}\n\n".encode()
 
     def _message(

@@ -38,7 +38,7 @@ class Tool(Strict):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: StrictBool | None = None
-    eager_input_streaming: Literal[True] | None = None
+    eager_input_streaming: StrictBool | None = None
     defer_loading: Literal[False] | None = None
     cache_control: CacheControl | None = None
 
@@ -101,6 +101,8 @@ class CountTokensRequest(Strict):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+    thread: dict[str, Any] | None = None
+    """Refused, in the way that clients expect (`conversation_of`)."""
 
     @model_validator(mode="after")
     def _choice_of_the_given_tools(self) -> "CountTokensRequest":

@@ -66,6 +66,16 @@ async def test_keys_open_the_door_under_both_names(make_client, name):
             assert "secret" not in assert_anthropic_error(response, "authentication_error")
 
 
+async def test_a_conversation_that_the_server_shall_keep_is_refused_by_anthropics_code(make_client):
+    async with make_client() as client:
+        body = {**BODY, "thread": {"type": "create"}}
+        response = await client.post(MESSAGES, json=body, headers=HEADERS)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
+
+
 async def test_a_long_body_without_its_length_is_cut_off(make_client):
     async def chunks():
         for _ in range(100):
