@@ -23,7 +23,6 @@ from engine.async_engine import AsyncEngine
 
 OUTPUT_TOKENS = 64
 _REQUEST_TIMEOUT_S = 300
-_SETTLE_S = 5.0  # a proxy that has just started hears of its routers later than of the replicas
 _WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
 
 
@@ -57,7 +56,6 @@ async def _run(
             }
             for send in paths.values():
                 await _drive(send, [_prompt(-1)], 0.0)
-            await asyncio.sleep(_SETTLE_S)
             for concurrency in concurrencies:
                 rows += await _compare(paths, concurrency, num_requests, rounds)
     finally:
