@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from deploy.bench import report
 from engine import EngineConfig, SamplingParams
@@ -40,12 +41,7 @@ def measure(model: Path, console: Console) -> dict[str, Any]:
     drafted, drafted_seconds = _generate(model, prompts, max_num_seqs=1, speculative_tokens=5)
     changed = [i for i, (a, b) in enumerate(zip(alone, drafted, strict=True)) if a != b]
     assert not changed, f"drafts changed the texts of prompts {changed}"
-    ties = [
-        tie
-        for texts in (together, alone)
-        for i, pair in enumerate(zip(prompts, texts, strict=True))
-        for tie in _ties(checkpoint, i, *pair, console)
-    ]
+    ties = _ties(checkpoint, prompts * 2, together + alone, console)
     num_tokens = sum(map(len, together))
     return {
         "model": model.name,
@@ -59,23 +55,26 @@ def measure(model: Path, console: Console) -> dict[str, Any]:
 
 
 def _ties(
-    checkpoint: Checkpoint, number: int, prompt: list[int], text: list[int], console: Console
+    checkpoint: Checkpoint, prompts: list[list[int]], texts: list[list[int]], console: Console
 ) -> list[float]:
-    """How far below the best one, in logits, each token of a prompt's text is that is not the best.
+    """How far below the best one, in logits, each token of the prompts' texts is that is not the best.
 
     Raises AssertionError where that is too far for a tie.
     """
-    states = hidden_states(checkpoint, torch.tensor([prompt + text]))[0]
-    logits = functional.linear(states[len(prompt) - 1 : -1], head_table(checkpoint))
-    best = logits.max(1)
-    chosen = logits.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
-    gaps, of_std = best.values - chosen, (best.values - chosen) / logits.std(1)
-    found = gaps.nonzero().flatten().tolist()
-    for at in found:
-        where = f"prompt {number}, output {at}: {text[at]} for {best.indices[at]}"
-        console.print(f"{where}, {gaps[at]:.4f} below, {of_std[at]:.4f} of the standard deviation")
-        assert of_std[at] < _TIE, f"{where} is no tie"
-    return [float(gaps[at]) for at in found]
+    tokens = [torch.tensor(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
+    states = hidden_states(checkpoint, pad_sequence(tokens, batch_first=True))  # nobody sees what follows
+    table, ties = head_table(checkpoint), []
+    for number, (prompt, text, own) in enumerate(zip(prompts, texts, states, strict=True)):
+        logits = functional.linear(own[len(prompt) - 1 :][: len(text)], table)
+        best = logits.max(1)
+        chosen = logits.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
+        gaps, of_std = best.values - chosen, (best.values - chosen) / logits.std(1)
+        for at in gaps.nonzero().flatten().tolist():
+            where = f"text {number}, output {at}: {text[at]} for {best.indices[at]}"
+            console.print(f"{where}, {gaps[at]:.4f} below, {of_std[at]:.4f} of the standard deviation")
+            assert of_std[at] < _TIE, f"{where} is no tie"
+            ties.append(float(gaps[at]))
+    return ties
 
 
 def _generate(

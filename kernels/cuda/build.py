@@ -1,7 +1,11 @@
 """Builds the CUDA library (Hopper, sm_90a) at first use and keeps it in the user's cache directory.
 
 `python -m kernels.cuda.build` does it ahead of time. KERNELS_CUDA_LIBRARY names a library built elsewhere,
-for machines without a compiler.
+for machines without a compiler. With KERNELS_CUDA_RACECHECK=1 it is one that compute-sanitizer's racecheck
+understands (src/async.cuh), and slower:
+
+    KERNELS_CUDA_RACECHECK=1 compute-sanitizer --tool racecheck \\
+        python -m pytest -m gpu tests/kernels/test_cuda_step.py -k gated
 """
 
 import ctypes
@@ -37,7 +41,8 @@ def build() -> Path:
     if compiler is None:
         raise OSError("no nvcc found (put it on the PATH, or name a built library in KERNELS_CUDA_LIBRARY)")
     sources = [s.name for s in sorted(_SOURCES.glob("*.cu"))]
-    command = (compiler, *_FLAGS, f"--threads={len(sources)}")
+    checks = ("-DPEREGRINE_RACECHECK",) if os.environ.get("KERNELS_CUDA_RACECHECK") == "1" else ()
+    command = (compiler, *_FLAGS, *checks, f"--threads={len(sources)}")
     return cached_library("cuda", command, _SOURCES, sources, timeout_s=600)
 
 

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// The same value, which the compiler then keeps in a register: short of these, it would rather compute addresses again in
+// every turn of a loop.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -21,17 +28,34 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* bar, uint32_t b
                : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
+// Lanes that arrive for a warp. One is enough once the others have met it, but compute-sanitizer's racecheck sees only what
+// those lanes did that arrive themselves: for it every lane does (kernels/cuda/build.py).
+#ifdef PEREGRINE_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+// A warp: what its lanes did is done. The barrier expects kWarpArrivals of it.
+__device__ __forceinline__ void warp_arrive(uint64_t* bar, int lane) {
+  __syncwarp();
+  if (lane < kWarpArrivals) mbarrier_arrive(bar);
+}
+
+// bar: address in shared memory.
+__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(bar)),
+      "}\n" ::"r"(bar),
       "r"(parity)
       : "memory");
 }
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) { mbarrier_wait(shared_address(bar), parity); }
 
 // Waits some 200 ns at most; whether the phase is complete.
 __device__ __forceinline__ bool mbarrier_try(uint64_t* bar, uint32_t parity) {

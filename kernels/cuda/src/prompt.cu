@@ -99,16 +99,19 @@ __device__ void stream_weights(const Prompt& p, const Ring& ring, int begin, int
   }
 }
 
-// A stage is a line of the block's tokens, or (narrow) a unit of all tokens, which lies in one piece.
+// A stage is a line of the block's tokens, or (narrow) a unit of all tokens.
 template <int kTokens>
 __device__ void stream_activations(const Prompt& p, const Ring& ring, int begin, int end) {
   constexpr int kStageLines = kIsNarrow<kTokens> ? kLines : 1;
-  const int first = blockIdx.x * kTokens, bytes = kStageLines * 128 * min(kTokens, p.padded - first);
+  const int first = blockIdx.x * kTokens, bytes = 128 * min(kTokens, p.padded - first);
+  const bool is_whole = p.padded == kTokens;  // all lines of a stage lie one behind the other
   Turn turn;
   for (int line = kLines * begin; line < kLines * end; line += kStageLines, turn.next(ring)) {
     turn.wait_empty(ring);
-    mbarrier_arrive_expect(&ring.full[turn.stage], bytes);
-    bulk_copy(turn.data(ring), p.x + (static_cast<int64_t>(line) * p.padded + first) * 128, bytes, &ring.full[turn.stage]);
+    mbarrier_arrive_expect(&ring.full[turn.stage], kStageLines * bytes);
+    for (int i = 0; i < (is_whole ? 1 : kStageLines); ++i)
+      bulk_copy(turn.data(ring) + i * 128 * kTokens, p.x + (static_cast<int64_t>(line + i) * p.padded + first) * 128,
+                is_whole ? kStageLines * bytes : bytes, &ring.full[turn.stage]);
   }
 }
 
@@ -171,7 +174,7 @@ __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, con
                         int warp, int lane) {
   const int at = warp * p.pieces.segments[0].unit_bytes;
   float acc[kTokens / 2] = {};
-  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F>(weights, x, sums, count, at, p.padded, p.inverse_unit, lane, acc);
+  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F>(weights, x, sums, count, at, p.inverse_unit, lane, acc);
   else accumulate_wgmma<F, kTokens>(weights, x, count, at, __float2half2_rn(p.inverse_unit), lane, acc);
   wait_for_kernel_before();
   consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
@@ -200,20 +203,20 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[5][kMaxRing];
   uint8_t* const data = shared + (1024 - shared_address(shared) % 1024) % 1024;
-  const int x_stage = kIsNarrow<kTokens> ? kLines * 128 * p.padded : 128 * kTokens;
-  const Ring weights{data + p.x_stages * x_stage, barriers[0], barriers[1], p.weight_stages,
+  constexpr int kXStage = kIsNarrow<kTokens> ? kXUnitBytes : 128 * kTokens;
+  const Ring weights{data + p.x_stages * kXStage, barriers[0], barriers[1], p.weight_stages,
                      p.tiles * p.pieces.segments[0].unit_bytes};
   // A narrow block's warps are done with a unit's activations when they are done with its weights.
-  const Ring x{data, barriers[2], kIsNarrow<kTokens> ? weights.empty : barriers[3], p.x_stages, x_stage};
+  const Ring x{data, barriers[2], kIsNarrow<kTokens> ? weights.empty : barriers[3], p.x_stages, kXStage};
   const Ring sums{weights.data + p.weight_stages * weights.stage_bytes, barriers[4], weights.empty, p.weight_stages,
                   kIsNarrow<kTokens> ? kSumsBytes<F> : 0};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = blockIdx.z * p.units_per_split, end = min(begin + p.units_per_split, p.units);
   if (threadIdx.x == 0) {
     let_next_kernel_start();
-    for (int i = 0; i < x.stages; ++i) mbarrier_init(&x.full[i], 1), mbarrier_init(&x.empty[i], p.tiles);
-    for (int i = 0; i < sums.stages; ++i) mbarrier_init(&sums.full[i], 1);
-    for (int i = 0; i < weights.stages; ++i) mbarrier_init(&weights.full[i], 1), mbarrier_init(&weights.empty[i], p.tiles);
+    for (int i = 0; i < x.stages; ++i) mbarrier_init(&x.full[i], 1), mbarrier_init(&x.empty[i], p.tiles * kWarpArrivals);
+    for (int i = 0; i < sums.stages; ++i) mbarrier_init(&sums.full[i], kWarpArrivals);
+    for (int i = 0; i < weights.stages; ++i) mbarrier_init(&weights.full[i], 1), mbarrier_init(&weights.empty[i], p.tiles * kWarpArrivals);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
       wait_for_kernel_before();
       stream_activations<kTokens>(p, x, begin, end);
     } else if (kIsNarrow<kTokens> && warp == p.tiles + 2) {
-      if constexpr (kIsNarrow<kTokens>) sum_activations<F>(x, sums, end - begin, p.padded, lane);
+      if constexpr (kIsNarrow<kTokens>) sum_activations<F>(x, sums, end - begin, lane);
     }
   } else {
     if constexpr (!kIsNarrow<kTokens> && kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
@@ -239,17 +242,17 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
 template <class F, int kTiles, int kTokens>
 cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   constexpr int kLine = 128 * kTokens, kRoom = kBlocksOf<kTiles, kTokens> == 2 ? kHalfSharedBytes : kSharedBytes;
-  const int unit = p.tiles * p.pieces.segments[0].unit_bytes, x_unit = kLines * 128 * p.padded;
+  const int unit = p.tiles * p.pieces.segments[0].unit_bytes;
   int sums = 0;
   if constexpr (kIsNarrow<kTokens>) {
-    p.x_stages = p.weight_stages = std::min(kMaxRing, kRoom / (unit + x_unit + kSumsBytes<F>));
+    p.x_stages = p.weight_stages = std::min(kMaxRing, kRoom / (unit + kXUnitBytes + kSumsBytes<F>));
     sums = p.weight_stages * kSumsBytes<F>;
   } else {  // weights one unit further ahead: they come from memory, activations from L2
     p.weight_stages = std::min({kMaxRing, kRoom / (unit + kLines * kLine) + 1, (kRoom - kLines * kLine) / unit});
     p.x_stages = std::min(kMaxRing, (kRoom - p.weight_stages * unit) / kLine);
   }
-  const int x_stage = kIsNarrow<kTokens> ? x_unit : kLine;
-  const int bytes = p.weight_stages * unit + p.x_stages * x_stage + sums + 1024;
+  constexpr int kXStage = kIsNarrow<kTokens> ? kXUnitBytes : kLine;
+  const int bytes = p.weight_stages * unit + p.x_stages * kXStage + sums + 1024;
   const auto kernel = prompt_matmul<F, kTiles, kTokens>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

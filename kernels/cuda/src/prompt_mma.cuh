@@ -1,17 +1,31 @@
 // Products of up to 16 tokens: each warp by itself, so that none waits for its warpgroup.
 //
 // Codes are float16 as they lie: below 2^10 the bits of an integer are the subnormal number integer * 2^-24, which tensor
-// cores multiply exactly. So a group of columns is summed as codes, and closed with its scale and zero point in float32:
-// sum of v x = scale * (sum of c x) - scale * zero * (sum of x). One warp of the block sums the activations up for all.
+// cores multiply exactly. So a group of columns is summed as codes, and closed with its scale in float32; zero points follow:
+// sum of v x = scale * (sum of c x) - scale * zero * (sum of x). The second part is one more product for all groups of a
+// unit, of scale * zero, whose two bytes are subnormal numbers as well, and the groups' sums of activations. One warp of
+// the block sums these up for all.
 #pragma once
 
 #include "prompt_ring.cuh"
 
 constexpr int kMmaTokens = 16;
 
-// Sums of a unit's activations by group, float32 [groups][kMmaTokens], are a stage of their ring.
+// A unit of activations: kLines lines of 128 bytes a token.
+constexpr int kXUnitBytes = kLines * kMmaTokens * 128;
+
+// Groups' sums of activations are counted in 2^16, so that 256 times the largest one is still a float16.
+constexpr float kSumUnit = 65536.0f;
+
+// What `accumulate_mma` counts in.
 template <class F>
-constexpr int kSumsBytes = F::kNumGroups * kMmaTokens * 4;
+constexpr float kProductUnit = F::kAffine ? kSumUnit : kSumUnit * 16777216.0f;
+
+// A stage of the ring of sums: operand B of a product of 16 for each four groups and eight tokens.
+template <class F>
+constexpr int kSumSets = F::kNumGroups > 4 ? 2 : 1;
+template <class F>
+constexpr int kSumsBytes = kSumSets<F> * 2 * 32 * 8;
 
 __device__ __forceinline__ void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -46,92 +60,148 @@ __device__ __forceinline__ void code_halves(uint32_t first, uint32_t second, uin
   }
 }
 
-// What sums of codes and of activations are multiplied by, of row lane / 4 + 8 r8 in a group.
-struct GroupFactors {
-  float codes, x;
-};
-
+// What a group's sum of codes is multiplied by, of row lane / 4 + 8 r8.
 template <class F>
-__device__ __forceinline__ GroupFactors group_factors(const uint32_t (&params)[kParameterWords<F>], int group, int r8,
-                                                      float inverse_unit) {
-  const float one = 16777216.0f / (r8 == 0 ? 1 : kSecondRowFactor<F::kBits>);  // 2^24
+__device__ __forceinline__ float group_factor(const uint32_t (&params)[kParameterWords<F>], int group, int r8,
+                                              float inverse_unit) {
+  const float one = 16777216.0f / kProductUnit<F> / (r8 == 0 ? 1 : kSecondRowFactor<F::kBits>);
   if constexpr (F::kAffine) {
-    const float2 v = __half22float2(as_half2(params[2 * group + r8]));
-    return {v.x * (one * inverse_unit), v.y * inverse_unit};
+    return __low2float(as_half2(params[2 * group + r8])) * (one * inverse_unit);
   } else if constexpr (F::kSigned) {
-    return {one, -128.0f};
-  } else {
-    const float scale = byte_to_float(params[group], 2 * r8), zero = byte_to_float(params[group], 2 * r8 + 1);
-    return {scale * (one * (1 << (8 - F::kBits))), -scale * zero};
+    return one;
+  } else {  // a byte behind the leading bit of 2^23
+    const float raised = __uint_as_float(__byte_perm(params[group], 0x4b000000u, 0x7440 + 2 * r8)), step = one * (1 << (8 - F::kBits));
+    return fmaf(raised, step, -8388608.0f * step);
   }
 }
 
-// One warp: the sums of every stage of x, of `padded` tokens.
+// Operand A that goes with the sums of groups 4 set .. 4 set + 3: lane % 4 is the group, the columns two factors of its sum
+// and of 256 times that, then the same of what float16 leaves of it. row: address of the parameters of row lane / 4.
 template <class F>
-__device__ void sum_activations(const Ring& x, const Ring& sums, int count, int padded, int lane) {
-  const int token = lane / 2, half = lane % 2;  // of a line
+__device__ __forceinline__ void zero_points(uint32_t row, int set, float inverse_unit, int lane, uint32_t (&a)[4]) {
+  const int group = 4 * set + lane % 4;
+  a[0] = a[1] = 0;
+  if constexpr (F::kSigned) {
+    if (group == 0) a[0] = a[1] = 0x8080u;  // -128
+  } else if (group < F::kNumGroups) {
+    if constexpr (F::kAffine) {
+      const uint2 words = shared8(row + 8 * group);
+      const __half2 unit = __float2half2_rn(inverse_unit);
+      a[0] = bits_of(__hmul2(as_half2(words.x), unit)) >> 16, a[1] = bits_of(__hmul2(as_half2(words.y), unit)) >> 16;
+    } else {
+      const uint32_t word = __float_as_uint(shared4(row + 4 * group)), zeros = word >> 8;
+      a[0] = __byte_perm(__dp4a(word, zeros & 0xffu, 0u), 0x80808080u, 0x4140);
+      a[1] = __byte_perm(__dp4a(word, zeros & 0xff0000u, 0u), 0x80808080u, 0x4140);
+    }
+  }
+  a[2] = a[0], a[3] = a[1];
+}
+
+// Where a lane reads operands B of a unit of activations, all tokens at once: its row of the matrices of 8 tokens x 8
+// columns, tokens first, then columns, in the order of two operands B.
+struct XPlace {
+  uint32_t first;
+
+  __device__ __forceinline__ XPlace(const Ring& x, int lane) {
+    const int row = lane % 8, token = lane / 16 * 8 + row;
+    first = kept(shared_address(x.data) + token * 128 + (lane / 8 % 2 ^ row) * 16);
+  }
+
+  // By 16 columns of 64, in a stage.
+  __device__ __forceinline__ void of_stage(int stage, uint32_t (&places)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) places[i] = (first + stage * kXUnitBytes) ^ i * 32;  // stages begin at multiples of 128
+  }
+};
+
+// Columns 32 step + 16 i of a unit.
+__device__ __forceinline__ void load_x(const uint32_t (&places)[4], int step, int i, uint32_t (&b)[4]) {
+  load_matrices(places[step % 2 * 2 + i] + step / 2 * (128 * kMmaTokens), b);
+}
+
+// One warp: the sums of every stage of x, as products with ones.
+template <class F>
+__device__ void sum_activations(const Ring& x, const Ring& sums, int count, int lane) {
+  constexpr int kSteps = F::kGroup == 0 ? 8 : F::kGroup / 32;
+  const uint32_t one = kept(0x3c003c00u), ones[4] = {one, one, one, one};
+  const XPlace place(x, lane);
   Turn turn;
   for (int u = 0; u < count; ++u, turn.next(x)) {
     turn.wait_full(x);
-    const uint32_t from = shared_address(turn.data(x)) + min(token, padded - 1) * 128;
-    float* const to = reinterpret_cast<float*>(turn.data(sums)) + token;
-    float total = 0;
+    uint32_t places[4];
+    place.of_stage(turn.stage, places);
+    float own[kSumSets<F>][2][2] = {}, c[2][4];  // of group lane / 4 of a set and tokens 8 j + 2 (lane % 4) + e
 #pragma unroll
-    for (int line = 0; line < kLines; ++line) {
-      float own = 0;
+    for (int step = 0; step < 8; ++step) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4 v = shared16(from + line * 128 * padded + ((4 * half + i) ^ (token % 8)) * 16);
-        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 pair = __half22float2(as_half2(words[j]));
-          own += pair.x + pair.y;
+      for (int i = 0; i < 2; ++i) {
+        uint32_t b[4];
+        load_x(places, step, i, b);
+        if (step % kSteps == 0 && i == 0) {
+          first_mma_half(c[0], ones, b[0], b[1]), first_mma_half(c[1], ones, b[2], b[3]);
+        } else {
+          mma_half(c[0], ones, b[0], b[1]), mma_half(c[1], ones, b[2], b[3]);
         }
       }
-      if constexpr (F::kNumGroups == 8) {
-        to[(2 * line + half) * kMmaTokens] = own;
-      } else {
-        total += own + __shfl_xor_sync(~0u, own, 1);
-        constexpr int kGroupLines = kLines / F::kNumGroups;
-        if (line % kGroupLines == kGroupLines - 1) {
-          if (half == 0) to[line / kGroupLines * kMmaTokens] = total;
-          total = 0;
-        }
-      }
+      const int group = step / kSteps;
+      if (step % kSteps == kSteps - 1 && lane / 4 == group % 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) own[group / 4][j][0] = c[j][0], own[group / 4][j][1] = c[j][1];
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&sums.full[turn.stage]);
+    if (lane < 16) {
+      uint2* const to = reinterpret_cast<uint2*>(turn.data(sums)) + lane % 4 * 8 + lane / 4;
+#pragma unroll
+      for (int set = 0; set < kSumSets<F>; ++set)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float sum = own[set][j][e] * (1 / kSumUnit), high = __half2float(__float2half_rn(sum)), low = sum - high;
+            to[(2 * set + j) * 32 + 4 * e] =
+                make_uint2(bits_of(__floats2half2_rn(high, 256 * high)), bits_of(__floats2half2_rn(low, 256 * low)));
+          }
+    }
+    warp_arrive(&sums.full[turn.stage], lane);
   }
 }
 
-// As accumulate_wgmma, for one warp by itself; stages are units of all `padded` tokens.
+// As accumulate_wgmma, for one warp by itself; stages are units of all tokens.
 template <class F>
-__device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, int padded,
-                               float inverse_unit, int lane, float (&acc)[kMmaTokens / 2]) {
+__device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, float inverse_unit,
+                               int lane, float (&acc)[kMmaTokens / 2]) {
   constexpr int kWords = kParameterWords<F>, kSteps = F::kGroup == 0 ? 8 : F::kGroup / 32;
-  float c[2][4];
-  // A lane's row of the matrices of 8 tokens x 8 columns: tokens first, then columns, in the order of two operands B.
-  const int row = lane % 8, token = lane / 16 * 8 + row;
-  const uint32_t tokens = shared_address(x.data) + token * 128, place = (lane / 8 % 2 ^ row) * 16;
+  // Where the lane reads in the first stage of each ring.
+  const uint32_t tile = shared_address(weights.data) + at;
+  const uint32_t first_codes = kept(tile + lane * 16), first_row = kept(tile + kCodeBytes<F::kBits> + lane / 4 * kWords * 4);
+  const uint32_t first_sums = kept(shared_address(sums.data) + lane * 8);
+  const XPlace place(x, lane);
+  float total[2][4] = {};
   Turn unit;
   for (int u = 0; u < count; ++u, unit.next(weights)) {
     unit.wait_full(weights);
     unit.wait_full(x);
     unit.wait_full(sums);
-    const uint32_t data = shared_address(unit.data(weights)) + at, from = tokens + unit.stage * x.stage_bytes;
-    const uint32_t own_sums = shared_address(unit.data(sums)) + lane % 4 * 8;
-    uint32_t params[kWords];
-    if constexpr (!F::kSigned) {
+    const uint32_t here = unit.stage * weights.stage_bytes, codes_at = first_codes + here, row = first_row + here;
+    const uint32_t own_sums = first_sums + unit.stage * kSumsBytes<F>;
+    uint32_t places[4];
+    place.of_stage(unit.stage, places);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        params[i] = __float_as_uint(shared4(data + kCodeBytes<F::kBits> + (lane / 4 * kWords + i) * 4));
+    for (int set = 0; set < kSumSets<F>; ++set) {
+      uint32_t a[4];
+      zero_points<F>(row, set, inverse_unit, lane, a);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint2 b = shared8(own_sums + (2 * set + j) * 256);
+        mma_half(total[j], a, b.x, b.y);
+      }
     }
+    const UnitParameters<F> params(row);
+    float c[2][4];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t codes[4][4];
-      load_codes<F::kBits, true>([&](int n) { return shared16(data + n); }, [&](int n) { return shared8(data + n); }, pair, lane,
-                                 codes);
+      load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
+                                 pair, 0, codes);
 #pragma unroll
       for (int piece = 0; piece < 4; ++piece) {  // of 32 columns
         const int step = 4 * pair + piece, group = step / kSteps;
@@ -139,7 +209,7 @@ __device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& s
         for (int i = 0; i < 2; ++i) {  // of 16
           uint32_t a[4], b[4];
           code_halves<F>(codes[piece][2 * i], codes[piece][2 * i + 1], a);
-          load_matrices(from + step / 2 * 128 * padded + (place ^ (step % 2 * 2 + i) * 32), b);
+          load_x(places, step, i, b);
           if (step % kSteps == 0 && i == 0) {
             first_mma_half(c[0], a, b[0], b[1]), first_mma_half(c[1], a, b[2], b[3]);
           } else {
@@ -147,19 +217,16 @@ __device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& s
           }
         }
         if (step % kSteps < kSteps - 1) continue;
-        const GroupFactors factors[2] = {group_factors<F>(params, group, 0, inverse_unit),
-                                         group_factors<F>(params, group, 1, inverse_unit)};
+        const float factors[2] = {group_factor<F>(params.words, group, 0, inverse_unit),
+                                  group_factor<F>(params.words, group, 1, inverse_unit)};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint2 two = shared8(own_sums + (group * kMmaTokens + 8 * j) * 4);
-          const float x_sums[2] = {__uint_as_float(two.x), __uint_as_float(two.y)};
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            acc[4 * j + i] = fmaf(c[j][i], factors[i / 2].codes, fmaf(x_sums[i % 2], factors[i / 2].x, acc[4 * j + i]));
-        }
+          for (int i = 0; i < 4; ++i) total[j][i] = fmaf(c[j][i], factors[i / 2], total[j][i]);
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&weights.empty[unit.stage]);
+    warp_arrive(&weights.empty[unit.stage], lane);
   }
+#pragma unroll
+  for (int i = 0; i < kMmaTokens / 2; ++i) acc[i] = total[i / 4][i % 4] * kProductUnit<F>;
 }

@@ -119,15 +119,14 @@ __device__ void accumulate_wgmma(const Ring& weights, const Ring& x, int count, 
       wgmma_commit();
       wgmma_wait<1>();  // the other set is free, and with a line's first step the line before
       if constexpr (kHalf == 0) {
-        if (line_before >= 0 && lane == 0) mbarrier_arrive(&x.empty[line_before]);
+        if (line_before >= 0 && lane < kWarpArrivals) mbarrier_arrive(&x.empty[line_before]);
         line_before = line.stage;
       }
       if constexpr (kHalf == 1 || kPieces == 2) line.next(x);
       if constexpr (kStep + 1 < kStepCount) {
         unpack(unit.data(weights) + at, std::integral_constant<int, kStep + 1>{});
       } else {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&weights.empty[unit.stage]);
+        warp_arrive(&weights.empty[unit.stage], lane);
         unit.next(weights);
         if (u + 1 < count) {
           unit.wait_full(weights);

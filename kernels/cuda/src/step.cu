@@ -198,8 +198,7 @@ struct RingReader {
   }
 
   __device__ void release() {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&control->stage_empty[stage % kMaxStages]);
+    warp_arrive(&control->stage_empty[stage % kMaxStages], lane);
     ++stage;
   }
 };
@@ -395,8 +394,7 @@ struct SumsWriter {
     for (int j = 0; j < kMma; ++j)
 #pragma unroll
       for (int r = 0; r < 2; ++r) to[8 * r * kTokens + 4 * j] = acc[j][r];
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&control.sums_full[buffer]);
+    warp_arrive(&control.sums_full[buffer], lane);
     ++count;
   }
 };
@@ -522,8 +520,7 @@ __device__ void consume(const Step& step, uint8_t* x_room, float* sums_room, Con
         });
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&control.phase_done);
+    warp_arrive(&control.phase_done, lane);
   }
 }
 
@@ -584,8 +581,7 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
               for (int w = 0; w < kWarps; ++w) slab_sum += from[w * kPart + 32 * i];
               value[i] += slab_sum;
             }
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&control.sums_empty[buffer]);
+            warp_arrive(&control.sums_empty[buffer], lane);
             ++dumps;
           }
           if (pass + 1 < passes) {
@@ -629,9 +625,8 @@ __device__ void finish(const Step& step, const float* sums, float* factors, Cont
       // Marked values need no fence: who reads them sees whether they have come.
       if (phase.kind == kPrepare) fence_gpu();
       add_relaxed(step.arrivals, 1);
-      mbarrier_arrive(&control.phase_written);
     }
-    __syncwarp();
+    if (index + 1 < step.num_phases) warp_arrive(&control.phase_written, lane);
   }
 }
 
@@ -648,16 +643,16 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxStages; ++i) {
       mbarrier_init(&control.stage_full[i], 1);
-      mbarrier_init(&control.stage_empty[i], kWarps);
+      mbarrier_init(&control.stage_empty[i], kWarps * kWarpArrivals);
     }
     for (int i = 0; i < 4; ++i) {
-      mbarrier_init(&control.sums_full[i], kWarps);
-      mbarrier_init(&control.sums_empty[i], 1);
+      mbarrier_init(&control.sums_full[i], kWarps * kWarpArrivals);
+      mbarrier_init(&control.sums_empty[i], kWarpArrivals);
     }
-    mbarrier_init(&control.phase_done, kWarps);
-    mbarrier_init(&control.phase_written, 1);
+    mbarrier_init(&control.phase_done, kWarps * kWarpArrivals);
+    mbarrier_init(&control.phase_written, kWarpArrivals);
     mbarrier_init(&control.x_full, 1);
-    mbarrier_init(&control.rows_known, 1);
+    mbarrier_init(&control.rows_known, kWarpArrivals);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (threadIdx.x < sizeof(control.zeros) / 16) reinterpret_cast<uint4*>(control.zeros)[threadIdx.x] = uint4{};
@@ -674,8 +669,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_step(const __grid_constant__ 
         control.rows.sequences[lane] = step.sequences[lane];
         control.rows.first_rows[lane] = step.first_rows[lane];
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&control.rows_known);
+      warp_arrive(&control.rows_known, lane);
     }
     mbarrier_wait(&control.rows_known, 0);
     if (warp < kWarps) consume<kMma, kOne>(step, x_room, sums, control, warp, lane);
