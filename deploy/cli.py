@@ -368,6 +368,17 @@ app.add_typer(bench, name="bench")
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
 
 
+@bench.command("interchange")
+def bench_interchange(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of `peregrine quantize`.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Logits of a quantized checkpoint in transformers, and its exports: what of its values they keep."""
+    from deploy.bench import interchange, report
+
+    report.publish(interchange.rows(checkpoint), "Interchange", json_path)
+
+
 @bench.command("cpu")
 def bench_cpu(
     json_path: JsonPath = None,

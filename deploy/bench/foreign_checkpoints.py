@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _FILE = "model.safetensors"
-_ALONE = ("embed_tokens", "lm_head", "router", "norm")
+_FLOATS = ("embed_tokens", "lm_head", "gate")
+"""Last parts of modules that these tools leave alone; `gate` is a router."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,32 @@ def write_compressed_tensors(model: Path, out: Path, scheme: Scheme) -> Path:
     return _write(model, out, scheme, section, store)
 
 
+def _form(
+    model: PreTrainedModel, directory: Path, *, write: Callable[[Path, Path, Scheme], Path], scheme: Scheme
+) -> Path:
+    """The model rounded and stored so; its own weights become the stored ones. Returns the checkpoint."""
+    source, out = directory / "floats", directory / "quantized"
+    model.save_pretrained(source)
+    twin = write(source, out, scheme)
+    model.load_state_dict(type(model).from_pretrained(twin, dtype=torch.float32).state_dict())
+    return out
+
+
+_BF16 = torch.bfloat16
+FORMS: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
+    "GPTQ 4 bits": partial(_form, write=write_gptq, scheme=Scheme(4, 32, is_symmetric=False)),
+    "GPTQ 3 bits desc_act": partial(_form, write=write_gptq, scheme=Scheme(3, 32, is_ordered=True)),
+    "AWQ 4 bits": partial(_form, write=write_awq, scheme=Scheme(4, 32, is_symmetric=False)),
+    "compressed-tensors W4A16": partial(
+        _form, write=write_compressed_tensors, scheme=Scheme(4, 32, is_symmetric=False, scale_dtype=_BF16)
+    ),
+    "compressed-tensors W8A16": partial(
+        _form, write=write_compressed_tensors, scheme=Scheme(8, -1, scale_dtype=_BF16)
+    ),
+}
+"""For tables of parity: a transformers model and a directory to the checkpoint in it."""
+
+
 def _write(
     model: Path,
     out: Path,
@@ -162,7 +191,7 @@ def _write(
     quantized, floats = {}, {}
     for name, weight in load_file(model / _FILE).items():
         module = name.removesuffix(".weight")
-        if weight.dim() != 2 or any(part in module for part in _ALONE):
+        if weight.dim() != 2 or module.rpartition(".")[2] in _FLOATS:
             quantized[name] = floats[name] = weight
             continue
         rounded = round_matrix(weight, scheme)

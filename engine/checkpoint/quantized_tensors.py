@@ -112,12 +112,10 @@ class ForeignTensors:
         return self._read(name) if name in self._names else None
 
     def _dense(self, name: str, matrix: IntegerMatrix) -> Tensor:
-        scattered = matrix.group_of_column is not None
-        reason = (
-            "desc_act scatters the columns of its groups"
-            if scattered
-            else f"{matrix.bits} bits in groups of {matrix.group_size} with such scales or zero points"
-        )
+        if matrix.group_of_column is not None:
+            reason = "groups of scattered columns (desc_act)"
+        else:
+            reason = f"{matrix.bits} bits in groups of {matrix.group_size} with its scales and zero points"
         if reason not in self._told:
             self._told.add(reason)
             logger.warning(

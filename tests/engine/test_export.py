@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kernels
 from deploy.bench.foreign_checkpoints import Scheme, write_gptq
+from deploy.bench.interchange import decompressed, exact_values
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.export import export_compressed_tensors, export_floats
 from engine.errors import ParameterError
-from kernels.formats import unpack
 from tests.engine.helpers import save_random_llama
 from tests.engine.packed_models import pack_checkpoint, packed_gemma, packed_llama
 from tests.engine.test_parity import our_logits
@@ -46,45 +44,12 @@ def with_zero_points(tmp_path_factory) -> Path:
     return packed_llama(tmp_path_factory.mktemp("zero"))
 
 
-def exact(weight: kernels.PackedWeight | torch.Tensor) -> torch.Tensor:
-    """float64 values: float32 rounds 8-bit codes times 19-bit scales."""
-    if isinstance(weight, torch.Tensor):
-        return weight.double()
-    stored, (n, k) = unpack(weight), (weight.n, weight.k)
-    f, scale = stored.format, stored.scale.double()
-    width = f.group_size or k
-    if f.kind == "affine":
-        assert stored.offset is not None
-        offset = stored.offset.double()
-    else:
-        assert stored.row_scale is not None
-        scale = scale * stored.row_scale.double()[:, None] / 256
-        zero = 128.0 if stored.offset is None else stored.offset.double()
-        offset = -scale * zero * 2.0 ** (f.bits - 8)
-    scale, offset = (t.repeat_interleave(width, 1)[:, :k].reshape(n, k) for t in (scale, offset))
-    return scale * stored.codes + offset
-
-
-def decompressed(directory: Path) -> dict[str, torch.Tensor]:
-    """Every matrix, float64, by the library's own decompressor."""
-    section = json.loads((directory / "config.json").read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate(section)
-    tensors, found = load_file(directory / "model.safetensors"), {}
-    for group in config.config_groups.values():
-        library = BaseCompressor.get_value_from_registry(group.format)
-        for module in group.targets:
-            own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{module}.weight")}
-            own["weight_scale"] = own["weight_scale"].double()
-            found[f"{module}.weight"] = library.decompress(own, group)["weight"]
-    return found
-
-
 def assert_round_trip(source: Path, out: Path) -> None:
     """The library's decompressor and this project's reader both give the source's values, bit for bit."""
     before, after, theirs = open_checkpoint(source), open_checkpoint(out), decompressed(out)
     for name in (f"{m}.weight" for m in _modules(source)):
-        expected = exact(before.tensor(name, keep_packed=True))
-        assert torch.equal(exact(after.tensor(name, keep_packed=True)), expected), name
+        expected = exact_values(before.tensor(name, keep_packed=True))
+        assert torch.equal(exact_values(after.tensor(name, keep_packed=True)), expected), name
         if name in theirs:
             assert torch.equal(theirs[name], expected), name
     assert theirs

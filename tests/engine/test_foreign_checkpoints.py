@@ -107,7 +107,7 @@ def test_scattered_groups_move_behind_the_gate_and_are_floats_elsewhere(model, t
     floats, tensors = load_file(twin / "model.safetensors"), load_file(tmp_path / "q" / "model.safetensors")
     with caplog.at_level(logging.WARNING):
         assert torch.equal(checkpoint.tensor(f"{QUERY}.weight", keep_packed=True), floats[f"{QUERY}.weight"])
-    assert "desc_act scatters the columns" in caplog.text
+    assert "groups of scattered columns (desc_act)" in caplog.text
     down = checkpoint.tensor(f"{DOWN}.weight", keep_packed=True)
     assert isinstance(down, kernels.PackedWeight)
     index = next(tensors[n] for n in (f"{DOWN}.g_idx", f"{DOWN}.weight_g_idx") if n in tensors)
