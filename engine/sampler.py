@@ -13,7 +13,7 @@ from engine.messages import RawLogprobs
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.structured import fill_masks
-from kernels.sampling import allowed_tokens, num_mask_words
+from kernels.sampling import mask_bias, num_mask_words
 
 # Nearly every nucleus ends within this many candidates; a row whose does not is sorted whole.
 _NUM_CANDIDATES = 1024
@@ -179,11 +179,11 @@ def _mask(logits: Tensor, rows: Sequence[SampledRow]) -> None:
     vocab_size = logits.shape[1]
     masks = np.empty((len(masked), num_mask_words(vocab_size)), dtype=np.int32)
     fill_masks(wanted, masks)
-    allowed = allowed_tokens(torch.from_numpy(masks).to(logits.device), vocab_size)
+    bias = mask_bias(torch.from_numpy(masks).to(logits.device), vocab_size)
     if len(masked) == len(rows):
-        logits.masked_fill_(~allowed, float("-inf"))
+        logits += bias
     else:
-        logits[masked] = logits[masked].masked_fill_(~allowed, float("-inf"))
+        logits[masked] += bias
 
 
 def _is_filtered(params: SamplingParams) -> bool:

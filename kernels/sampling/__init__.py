@@ -16,7 +16,7 @@ from kernels.sampling.batch import (
     allocate_masks,
     num_mask_words,
 )
-from kernels.sampling.reference import allowed_tokens
+from kernels.sampling.reference import mask_bias
 
 __all__ = [
     "MAX_BIAS",
@@ -26,7 +26,7 @@ __all__ = [
     "Sampled",
     "SamplingBatch",
     "allocate_masks",
-    "allowed_tokens",
+    "mask_bias",
     "num_mask_words",
     "sample",
 ]

@@ -7,6 +7,8 @@ last one that a cut keeps are kept as well. The draw inverts the distribution fu
 ids, at a number that is a hash of (seed, position).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -89,21 +91,25 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return logits
 
 
-def allowed_tokens(masks: Tensor, vocab_size: int) -> Tensor:
-    """bool [R, vocab_size] of masks as in `SamplingBatch`, int32 [R, words]."""
-    bits = torch.arange(8, device=masks.device)
-    table = (torch.arange(256, device=masks.device).unsqueeze(1) >> bits & 1).bool()  # byte -> its bits
-    of_bytes = table[masks.view(torch.uint8).int()]
+def mask_bias(masks: Tensor, vocab_size: int) -> Tensor:
+    """float32 [R, vocab_size]: 0, and -inf where masks, int32 [R, words] as in `SamplingBatch`, do not allow."""
+    of_bytes = _byte_biases(masks.device).index_select(0, masks.view(torch.uint8).int().view(-1))
     return of_bytes.view(len(masks), -1)[:, :vocab_size]
+
+
+@cache
+def _byte_biases(device: torch.device) -> Tensor:
+    """float32 [256, 8]: of each byte's bits. Looking eight tokens up at a time is ten times as fast."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    return torch.where(bits == 1, 0.0, float("-inf"))
 
 
 def _masked(logits: Tensor, batch: SamplingBatch) -> Tensor:
     assert batch.masks is not None
     assert batch.is_masked is not None
     num_rows, vocab_size = logits.shape
-    is_free = (batch.is_masked[:num_rows] == 0).unsqueeze(1)
-    is_allowed = allowed_tokens(batch.masks[:num_rows], vocab_size) | is_free
-    return torch.where(is_allowed, logits, float("-inf"))
+    is_bound = (batch.is_masked[:num_rows] != 0).unsqueeze(1)
+    return torch.where(is_bound, logits + mask_bias(batch.masks[:num_rows], vocab_size), logits)
 
 
 def _weights(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from engine.checkpoint import open_checkpoint
 from engine.core import EngineCore
 from engine.messages import AbortRequests, AddRequest, TokenOutput
 from engine.structured import GrammarCompiler, GrammarState, GrammarsUnavailableError, fill_masks
-from kernels.sampling import allowed_tokens, num_mask_words
+from kernels.sampling import mask_bias, num_mask_words
 from tests.engine.byte_models import EOS, VOCAB_SIZE, byte_llama
 from tests.engine.emulated_cuda import emulate
 from tests.engine.helpers import collect, greedy, make_core, save_random_llama
@@ -107,7 +107,9 @@ def allowed(state: GrammarState, drafts: list[int] | None = None) -> list[set[in
     drafts = drafts or []
     masks = np.empty((1 + len(drafts), num_mask_words(VOCAB_SIZE)), dtype=np.int32)
     fill_masks([(state, drafts)], masks)
-    return [set(row.nonzero()[:, 0].tolist()) for row in allowed_tokens(torch.from_numpy(masks), VOCAB_SIZE)]
+    return [
+        set(row.nonzero()[:, 0].tolist()) for row in (mask_bias(torch.from_numpy(masks), VOCAB_SIZE) == 0)
+    ]
 
 
 def constrained(num: int = 8, **params) -> dict[str, tuple[list[int], SamplingParams]]:
@@ -254,7 +256,7 @@ def test_masks_of_many_are_those_of_each(grammars, num):
         )
     masks = np.empty((sum(1 + len(d) for _, d in wanted), num_mask_words(VOCAB_SIZE)), dtype=np.int32)
     fill_masks(wanted, masks)
-    rows = [set(r.nonzero()[:, 0].tolist()) for r in allowed_tokens(torch.from_numpy(masks), VOCAB_SIZE)]
+    rows = [set(r.nonzero()[:, 0].tolist()) for r in (mask_bias(torch.from_numpy(masks), VOCAB_SIZE) == 0)]
     assert rows == [row for state, drafts in wanted for row in allowed(state, drafts)]
 
 
