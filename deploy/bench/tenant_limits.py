@@ -1,7 +1,8 @@
 """What a tenant's limits add to a request: finding whose key it is, asking the ledger, giving the place back.
 
 The ledger runs in a process of its own, as it does in a cluster, on the same machine: a network's round trip
-comes on top where it runs on another.
+comes on top where it runs on another. Beside the time that passes stands what both processes compute for a
+request, which does not depend on what else the machine does.
 """
 
 import asyncio
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from statistics import quantiles
 from typing import Any
+
+import psutil
 
 from monitoring import Recorder
 from serving.telemetry.exchange import Exchange
@@ -38,7 +41,7 @@ _LIMITS: dict[str, dict[str, int]] = {
 
 
 def run(concurrencies: Sequence[int], num_requests: int) -> list[dict[str, Any]]:
-    """One row for each set of limits and number of clients that ask at the same time."""
+    """One row for each set of limits and number of clients, which ask without a pause."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     ledger = context.Process(target=_serve, args=(there,), daemon=True)
@@ -46,7 +49,8 @@ def run(concurrencies: Sequence[int], num_requests: int) -> list[dict[str, Any]]
     try:
         if not here.poll(_START_TIMEOUT_S):
             raise TimeoutError("the ledger did not start")
-        return asyncio.run(_measure(here.recv(), concurrencies, num_requests))
+        process = psutil.Process(ledger.pid)
+        return asyncio.run(_measure(here.recv(), process, concurrencies, num_requests))
     finally:
         ledger.kill()
         ledger.join()
@@ -60,7 +64,9 @@ def _serve(pipe: Connection) -> None:
     asyncio.run(serve())
 
 
-async def _measure(address: str, concurrencies: Sequence[int], num_requests: int) -> list[dict[str, Any]]:
+async def _measure(
+    address: str, ledger: psutil.Process, concurrencies: Sequence[int], num_requests: int
+) -> list[dict[str, Any]]:
     async def find() -> str:
         return address
 
@@ -81,9 +87,11 @@ async def _measure(address: str, concurrencies: Sequence[int], num_requests: int
         await gate.start(_START_TIMEOUT_S)
         for concurrency in concurrencies:
             await _ask(gate, keys, concurrency, num_requests // 10)
+            here_s, there_s = time.process_time(), sum(ledger.cpu_times()[:2])
             start = time.perf_counter()
             times = await _ask(gate, keys, concurrency, num_requests)
             taken_s = time.perf_counter() - start
+            here_s, there_s = time.process_time() - here_s, sum(ledger.cpu_times()[:2]) - there_s
             cuts = quantiles(times, n=100)
             rows.append(
                 {
@@ -93,6 +101,8 @@ async def _measure(address: str, concurrencies: Sequence[int], num_requests: int
                     "added_us_p50": round(cuts[49] * 1e6, 1),
                     "added_us_p99": round(cuts[98] * 1e6, 1),
                     "requests_s": round(len(times) / taken_s),
+                    "replica_cpu_us": round(here_s / len(times) * 1e6, 1),
+                    "ledger_cpu_us": round(there_s / len(times) * 1e6, 1),
                 }
             )
         await gate.close()
