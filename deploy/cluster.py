@@ -183,23 +183,25 @@ def _wait_until_running(deadline: float) -> None:
 
 def _wait_until_routed(url: str, num_probes: int, deadline: float) -> None:
     """HAProxy hears of the routers some seconds after Serve calls the application running; until then it
-    chooses by itself. It has so many probes in a row routed when it asks all of its routers, in turn.
+    chooses by itself.
 
-    A probe is a POST to a path that only knows GET: routed as every POST, refused by the replica at once.
+    Returns after `num_probes` routed ones in a row: it asks its routers in turn. A probe is a POST to a path
+    that only knows GET: routed as every POST is, and refused by the replica at once. Raises StartError.
     """
-    num_routed, last = 0, "no answer"
+    num_routed = 0
     with httpx.Client(timeout=_PROBE_TIMEOUT_S, headers=_UNTRACED, trust_env=False) as client:
-        while num_routed < num_probes:
-            if time.monotonic() > deadline:
-                raise StartError(f"the proxy asks no router within cluster.start_timeout_s ({last})")
+        while True:
             try:
                 # On a connection of its own: one that is kept stays with a HAProxy that has been replaced.
                 answer = client.post(url, headers={"connection": "close"})
-                is_routed = PEREGRINE_ROUTE in answer.headers
-                last = f"a probe was answered with {answer.status_code}"
+                is_routed, last = PEREGRINE_ROUTE in answer.headers, f"answered with {answer.status_code}"
             except httpx.HTTPError as error:
-                is_routed, last = False, f"a probe failed: {error!r}"
+                is_routed, last = False, f"failed: {error!r}"
             num_routed = num_routed + 1 if is_routed else 0
+            if num_routed == num_probes:
+                return
+            if time.monotonic() > deadline:
+                raise StartError(f"HAProxy asks no router within cluster.start_timeout_s; a probe {last}")
             if not is_routed:
                 time.sleep(_POLL_S)
 
