@@ -368,6 +368,17 @@ app.add_typer(bench, name="bench")
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
 
 
+@bench.command("interchange")
+def bench_interchange(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of `peregrine quantize`.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Logits of a quantized checkpoint in transformers, and its exports: what of its values they keep."""
+    from deploy.bench import interchange, report
+
+    report.publish(interchange.rows(checkpoint), "Interchange", json_path)
+
+
 @bench.command("cpu")
 def bench_cpu(
     json_path: JsonPath = None,
@@ -535,10 +546,24 @@ def bench_metrics(
     report.publish(rows, "Metrics beside a decode step", json_path)
 
 
+@bench.command("structured")
+def bench_structured(
+    json_path: JsonPath = None,
+    batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8",
+) -> None:
+    """What constraints (JSON schemas, patterns, grammars) cost beside a decode step of the default model."""
+    from deploy.bench import report, structured
+    from deploy.config import DEFAULT_MODEL
+    from deploy.models import resolve_model
+
+    rows = structured.run(str(resolve_model(DEFAULT_MODEL)), [int(b) for b in batches.split(",")])
+    report.publish(rows, "Masks beside a decode step", json_path)
+
+
 @bench.command("tenants")
 def bench_tenants(
     json_path: JsonPath = None,
-    concurrencies: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8,64",
+    concurrencies: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8",
     requests: Annotated[int, typer.Option(min=100, help="Of each row.")] = 20_000,
 ) -> None:
     """What a tenant's limits add to a request."""
