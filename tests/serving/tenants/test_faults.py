@@ -4,8 +4,10 @@ import asyncio
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from serving.tenants.ledger import Account, Limits
+from serving.tenants.ledger import Account, Ledger, Limits
 from serving.tenants.link import LedgerGoneError, LedgerLink
 from serving.tenants.messages import Ask, Hello, Metered, Opened, Used, from_replica, to_replica
 from serving.tenants.meter import Meter
@@ -191,3 +193,40 @@ def test_a_meter_keeps_two_days_and_says_what_has_changed():
 
 def test_an_empty_window_is_empty():
     assert (Window().total(5.0), Window().reset_s(5.0), Window().entries(5.0)) == (0, 0.0, [])
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("enter"), st.integers(1, 50), st.integers(0, 20)),
+        st.tuples(st.just("use"), st.integers(0, 9), st.integers(0, 3)),
+        st.tuples(st.just("wait"), st.integers(0, 40), st.just(0)),
+        st.tuples(st.just("reconnect"), st.just(0), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps)
+def test_whatever_happens_a_reconnection_makes_both_books_equal(steps):
+    """The ledger misses everything that happens while there is no connection, at random."""
+    now = [1000.0]
+    own, theirs = Ledger(lambda: now[0]), Ledger(lambda: now[0])
+    for number, (what, amount, other) in enumerate(steps):
+        told = [own, theirs] if number % 3 else [own]
+        for ledger in told:
+            if what == "enter":
+                ledger.enter("r0", "acme", amount, other)
+            elif what == "use":
+                ledger.use("r0", "acme", amount, other, amount)
+        if what == "wait":
+            now[0] += amount
+        if what == "reconnect":
+            theirs.close_all("r0")
+            for tenant, account in own.accounts_of("r0"):
+                theirs.put("r0", tenant, Opened.of(tenant, account, now[0]).account(now[0]))
+            if mine := dict(own.accounts_of("r0")):
+                ours, its = mine["acme"], dict(theirs.accounts_of("r0"))["acme"]
+                assert (ours.num_open, ours.expected_tokens) == (its.num_open, its.expected_tokens)
+                assert ours.requests.total(now[0]) == its.requests.total(now[0])
+                assert ours.tokens.total(now[0]) == its.tokens.total(now[0])
