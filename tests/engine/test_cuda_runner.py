@@ -207,7 +207,8 @@ def test_decodes_beside_few_prompt_tokens_are_one_pass(model_dir, reference, dev
 
 def test_sampling_in_a_large_batch_is_reproducible(model_dir, device):
     params = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, logprobs=2, max_tokens=12)
-    core = core_of(model_dir, device, num_blocks=512, max_num_seqs=64, enable_prefix_caching=False)
+    limits = {"num_blocks": 512, "max_num_seqs": 64, "token_budget": 512}  # all prompts in one step
+    core = core_of(model_dir, device, enable_prefix_caching=False, **limits)
     given = requests(40, params, longest=20)
     first = run_all(core, given)
     assert first == run_all(core, given)
