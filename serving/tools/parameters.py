@@ -26,4 +26,6 @@ def _schema_error(schema: str) -> str | None:
         Draft202012Validator.check_schema(json.loads(schema))
     except SchemaError as error:
         return f"{error.json_path}: {error.message}"
+    except RecursionError:
+        return "it is nested too deeply"
     return None

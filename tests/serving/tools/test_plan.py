@@ -195,3 +195,11 @@ def test_the_family_by_its_template(template, syntax):
 def test_parameters_that_are_no_schema(schema):
     with pytest.raises(ParameterError, match="where"):
         check_parameters(schema, "where")
+
+
+def test_parameters_nested_too_deeply():
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(450):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(ParameterError, match=r"where: .*deep"):
+        check_parameters(schema, "where")
