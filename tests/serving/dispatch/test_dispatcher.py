@@ -224,7 +224,7 @@ def test_any_body_is_routed(body):
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["route", "arrived", "elsewhere", "first", "ended", "lost", "hello", "list", "time"]),
+        st.sampled_from("route arrived elsewhere first ended lost hello held report list time".split()),
         st.integers(0, 7),
     ),
     max_size=60,
@@ -256,6 +256,10 @@ def test_no_order_of_events_leaves_anything_in_the_books(events):
                 dispatcher.disconnected(f"r{number % 3}")
             case "hello":
                 dispatcher.connected(hello(f"r{number % 3}"))
+            case "held":
+                dispatcher.receive(f"r{number % 3}", Held([1, 2]))
+            case "report":
+                dispatcher.receive(f"r{number % 3}", report(number))
             case "list":
                 dispatcher.list_replicas(f"r{i}" for i in range(1 + number % 3))
             case "time":
