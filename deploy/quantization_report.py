@@ -10,7 +10,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from engine.models.layerwise import LINEARS, linear_name
 from engine.quantization.allocation import allocate, total_bytes, total_kl
 from engine.quantization.pipeline import Result
 from kernels.formats import Format
@@ -37,6 +36,8 @@ _TEMPLATE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 {% endfor %}</table>
 </html>
 """)
+
+_LAYERS = "model.layers."
 
 
 def write_report(result: Result, name: str, path: Path) -> None:
@@ -79,7 +80,7 @@ def _bits_over_depth(result: Result) -> str:
     axes.imshow(grid, aspect="auto", cmap="viridis", vmin=2, vmax=8)
     for (row, column), bits in np.ndenumerate(grid):
         axes.text(column, row, f"{bits:.0f}", ha="center", va="center", color="white", fontsize=8)
-    _label_layers(axes, grid.shape[1])
+    _label_layers(axes, result)
     return _as_png(figure)
 
 
@@ -92,7 +93,7 @@ def _sensitivity(result: Result) -> str:
     figure, axes = plt.subplots(figsize=(10, 2.6), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="magma")
     figure.colorbar(image, label="log10 KL")
-    _label_layers(axes, grid.shape[1])
+    _label_layers(axes, result)
     return _as_png(figure)
 
 
@@ -122,12 +123,24 @@ def _budget_curve(result: Result) -> str:
 def _by_layer(result: Result, value: Any) -> np.ndarray:
     """[linears, layers]."""
     by_name = {t.name: t for t in result.tensors}
-    num_layers = sum(name.endswith("down_proj.weight") for name in by_name)
-    return np.array([[value(by_name[linear_name(i, n)]) for i in range(num_layers)] for n in LINEARS])
+    layers = range(_num_layers(result))
+    return np.array([[value(by_name[f"{_LAYERS}{i}.{n}"]) for i in layers] for n in _linears(result)])
 
 
-def _label_layers(axes: Any, num_layers: int) -> None:
-    axes.set_yticks(range(len(LINEARS)), LINEARS)
+def _linears(result: Result) -> list[str]:
+    """Names of a layer's matrices, without the layer's own."""
+    first = f"{_LAYERS}0."
+    return [t.name.removeprefix(first) for t in result.tensors if t.name.startswith(first)]
+
+
+def _num_layers(result: Result) -> int:
+    return sum(t.name.startswith(_LAYERS) for t in result.tensors) // len(_linears(result))
+
+
+def _label_layers(axes: Any, result: Result) -> None:
+    names = [name.removesuffix(".weight").partition(".")[2] for name in _linears(result)]
+    num_layers = _num_layers(result)
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("layer")
     axes.set_xticks(range(0, num_layers, max(1, num_layers // 15)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.models.layerwise import SHARED_INPUTS, DecoderLayers
+from engine.models.layerwise import DecoderLayers, shared_inputs
 from kernels.reference import rms_norm
 
 _GGUF_NAMES = {
@@ -50,7 +50,7 @@ def importance_matrix(layers: DecoderLayers, tokens: Tensor) -> dict[str, np.nda
     """Mean square of every linear's input columns, float32 [K], by GGUF tensor name."""
     x = layers.embed(tokens, layers.embedding())
     result: dict[str, np.ndarray] = {}
-    leaders = {names[0]: names for names in SHARED_INPUTS}
+    leaders = {names[0]: names for names in shared_inputs(layers.config)}
     for layer in range(layers.config.num_layers):
         weights = layers.load(layer)
 

@@ -66,6 +66,7 @@ class Bench:
         documents = text.documents_of_file(held_out) if held_out else text.heldout_documents()
         self.held_out = text.token_windows(tokenizer, documents, _HELD_OUT, _WINDOW)
         self.layers = DecoderLayers(self.checkpoint, _WINDOW)
+        self.softcap = self.checkpoint.config.final_softcap
         self.reference, self.table = (
             hidden_states(self.checkpoint, self.held_out),
             head_table(self.checkpoint),
@@ -150,7 +151,7 @@ class Bench:
             weights.linears = dense
             held = torch.cat([self.layers.forward(layer, weights, p) for p in held.split(_MICRO_BATCH)])
         normed = rms_norm(held, self.layers.final_norm(), self.layers.config.rms_norm_eps)
-        d = compare(normed, table, self.reference, self.table, self.held_out)
+        d = compare(normed, table, self.reference, self.table, self.held_out, self.softcap)
         nbytes = sum(f.nbytes(t.n, t.k) for t in self.tensors)
         return self._measured(f"{method}-{name}", nbytes, d)
 
@@ -163,7 +164,7 @@ class Bench:
         nbytes, _ = llama_cpp_quants.tensor_bits(target)
         checkpoint = open_checkpoint(target)
         states = hidden_states(checkpoint, self.held_out)
-        d = compare(states, head_table(checkpoint), self.reference, self.table, self.held_out)
+        d = compare(states, head_table(checkpoint), self.reference, self.table, self.held_out, self.softcap)
         return self._measured(method, nbytes - self.vector_bytes, d)
 
     def _vector_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""GGUF files of the llama and gemma3 architectures (format: ggml's GGUF specification, version 3)."""
+"""GGUF files (format: ggml's GGUF specification, version 3); what they call things is in `gguf_names`."""
 
 import contextlib
 import hashlib
@@ -15,37 +15,11 @@ import torch
 from torch import Tensor
 
 import kernels
+from engine.checkpoint.gguf_names import GgufTensor, locate, read_config
 from engine.errors import ModelLoadError
-from engine.models.config import ModelConfig, RopeConfig
+from engine.models.config import ModelConfig
+from engine.models.layerwise import linear_name, linears
 from kernels.cache import cache_directory
-
-_TENSOR_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
-_LLAMA_NAMES = {**_LAYER_NAMES, "post_attention_layernorm": "ffn_norm"}
-_GEMMA3_NAMES = {
-    **_LAYER_NAMES,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_GEMMA3_27B_LAYERS = 62  # the one size whose attention scale is not that of head_dim
-_GEMMA3_GLOBAL_EVERY = 6
-_GEMMA3_LOCAL_ROPE = RopeConfig(10_000.0)
 
 
 class GgufCheckpoint:
@@ -68,11 +42,12 @@ class GgufCheckpoint:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return self._read_config()
+        return read_config(self._field, self._tensors, self.path)
 
     @cached_property
     def weight_format(self) -> str:
-        return str(self._get("model.layers.0.mlp.down_proj.weight").tensor_type.name)
+        first = linear_name(0, linears(self.config)[-1])
+        return str(self._get(self._locate(first)).tensor_type.name)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -80,14 +55,23 @@ class GgufCheckpoint:
         return frozenset(int(v) for k in keys if (v := self._field(k)) is not None)
 
     def has(self, name: str) -> bool:
-        return self._gguf_name(name) in self._tensors
+        return self._locate(name).name in self._tensors
 
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
-        tensor = self._get(name)
+        where = self._locate(name)
+        tensor = self._get(where)
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        data = self._to_hf_row_order(name, tensor.data)
+        data = tensor.data
+        if where.expert is not None:
+            if where.expert >= shape[0]:
+                raise ModelLoadError(f"{self.path}: tensor {where.name} has {shape[0]} experts")
+            data, shape = data[where.expert], shape[1:]
+        if where.num_rows is not None:  # rows are contiguous in every GGUF type
+            rows = slice(where.first_row, where.first_row + where.num_rows)
+            data, shape = data[rows], (where.num_rows, *shape[1:])
+        data = self._to_hf_row_order(name, data)
         if keep_packed and len(shape) == 2:
-            packed = kernels.from_gguf(data, tensor.tensor_type.name, shape)
+            packed = kernels.from_gguf(data, tensor.tensor_type.name, (shape[0], shape[1]))
             if packed is not None:
                 return packed
         try:
@@ -117,16 +101,22 @@ class GgufCheckpoint:
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return cache_directory() / "tokenizers" / key
 
-    def _get(self, name: str) -> Any:
+    def _locate(self, name: str) -> GgufTensor:
+        found = locate(name, self.config)
+        if found.expert is not None and found.name not in self._tensors:
+            return found.apart()
+        return found
+
+    def _get(self, where: GgufTensor) -> Any:
         try:
-            return self._tensors[self._gguf_name(name)]
+            return self._tensors[where.name]
         except KeyError:
-            raise ModelLoadError(f"{self.path}: tensor {self._gguf_name(name)} is missing") from None
+            raise ModelLoadError(f"{self.path}: tensor {where.name} is missing") from None
 
     def _to_hf_row_order(self, name: str, data: np.ndarray) -> np.ndarray:
-        # The llama converter interleaves the two rotary halves of each head's q and k rows; undo it. Rows are
+        # Some converters interleave the two rotary halves of each head's q and k rows; undo it. Rows are
         # contiguous in every GGUF type, so that this works on packed bytes too.
-        if self.config.architecture != "LlamaForCausalLM":
+        if not self.config.family.gguf_interleaves:
             return data
         if "q_proj" in name:
             num_heads = self.config.num_heads
@@ -137,82 +127,9 @@ class GgufCheckpoint:
         heads = data.reshape(num_heads, self.config.head_dim // 2, 2, *data.shape[1:])
         return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(data.shape))
 
-    def _gguf_name(self, name: str) -> str:
-        if name in _TENSOR_NAMES:
-            return _TENSOR_NAMES[name]
-        names = _GEMMA3_NAMES if self.config.architecture.startswith("Gemma3") else _LLAMA_NAMES
-        parts = name.split(".")  # model.layers.<i>.<module...>.<weight|bias>
-        return f"blk.{parts[2]}.{names.get('.'.join(parts[3:-1]), '?')}.{parts[-1]}"
-
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
-
-    def _read_config(self) -> ModelConfig:
-        arch = self._field("general.architecture")
-        if arch not in ("llama", "gemma3"):
-            raise ModelLoadError(
-                f"{self.path}: GGUF architecture {arch!r} is not supported (supported: llama, gemma3)"
-            )
-
-        def optional(key: str) -> Any:
-            return self._field(f"{arch}.{key}")
-
-        def required(key: str) -> Any:
-            if (value := optional(key)) is None:
-                raise ModelLoadError(f"{self.path}: metadata {arch}.{key} is missing")
-            return value
-
-        num_heads, hidden_size = int(required("attention.head_count")), int(required("embedding_length"))
-        num_layers = int(required("block_count"))
-        head_dim = int(optional("attention.key_length") or hidden_size // num_heads)
-        embedding = self._tensors.get("token_embd.weight")
-        if embedding is None:
-            raise ModelLoadError(f"{self.path}: tensor token_embd.weight is missing")
-        extra: dict[str, Any] = {}
-        if arch == "gemma3":
-            window = int(required("attention.sliding_window"))
-            is_global = ((i + 1) % _GEMMA3_GLOBAL_EVERY == 0 for i in range(num_layers))
-            extra = {
-                "windows": tuple(None if is_full else window for is_full in is_global),
-                "local_rope": _GEMMA3_LOCAL_ROPE,
-                "activation": "gelu_tanh",
-                "embedding_scale": hidden_size**0.5,
-                "query_scalar": hidden_size / num_heads if num_layers == _GEMMA3_27B_LAYERS else None,
-                "has_qk_norm": True,
-                "has_post_norms": True,  # norm_offset stays 0: the converter has added the 1
-            }
-        return ModelConfig(
-            architecture="Gemma3ForCausalLM" if arch == "gemma3" else "LlamaForCausalLM",
-            vocab_size=int(embedding.shape[1]),
-            hidden_size=hidden_size,
-            intermediate_size=int(required("feed_forward_length")),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=int(optional("attention.head_count_kv") or num_heads),
-            head_dim=head_dim,
-            rms_norm_eps=float(required("attention.layer_norm_rms_epsilon")),
-            max_position_embeddings=int(required("context_length")),
-            rope=self._read_rope(arch),
-            tie_word_embeddings="output.weight" not in self._tensors,
-            attention_bias="blk.0.attn_q.bias" in self._tensors,
-            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
-            **extra,
-        )
-
-    def _read_rope(self, arch: str) -> RopeConfig:
-        theta = float(self._field(f"{arch}.rope.freq_base") or 10_000.0)
-        if (divisors := self._tensors.get("rope_freqs.weight")) is not None:
-            return RopeConfig(theta, "stretch", {"divisors": [float(d) for d in divisors.data]})
-        kind = self._field(f"{arch}.rope.scaling.type") or "none"
-        if kind == "none":
-            return RopeConfig(theta)
-        params = {
-            "factor": self._field(f"{arch}.rope.scaling.factor"),
-            "original_max_position_embeddings": self._field(f"{arch}.rope.scaling.original_context_length"),
-            "attention_factor": self._field(f"{arch}.rope.scaling.attn_factor"),
-        }
-        return RopeConfig(theta, str(kind), {k: v for k, v in params.items() if v is not None})
 
 
 def _save_atomically(tokenizer: Any, target: Path) -> None:

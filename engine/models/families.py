@@ -52,7 +52,8 @@ class Family:
     renames: replacements in Hugging Face names, where theirs are not Llama's. gguf_names: modules of a layer
     whose GGUF names are not Llama's. gguf_interleaves: GGUF files have the two rotary halves of each head's q
     and k rows interleaved. gguf_query_depth: number of layers of the one size whose attention scale is that
-    of hidden_size / num_heads, not of head_dim, which GGUF does not tell.
+    of hidden_size / num_heads, not of head_dim, which GGUF does not tell. gguf_has_window: GGUF files tell
+    the window; layers of other families see all tokens, as in llama.cpp.
 
     norm_offset: what is added to a stored norm weight (in GGUF files it has been). scales_embedding: by the
     root of hidden_size. has_query_scalar: `query_pre_attn_scalar` in place of head_dim. has_local_rope:
@@ -73,6 +74,7 @@ class Family:
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     gguf_interleaves: bool = False
     gguf_query_depth: int | None = None
+    gguf_has_window: bool = False
     norm_offset: float = 0.0
     scales_embedding: bool = False
     has_query_scalar: bool = False
@@ -163,6 +165,7 @@ FAMILIES = (
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         },
+        gguf_has_window=True,
         gguf_names={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
         has_partial_rotary=True,
     ),
@@ -201,6 +204,7 @@ FAMILIES = (
         activation_key="hidden_activation",
         gguf_names=_POST_NORM_NAMES,
         gguf_query_depth=46,
+        gguf_has_window=True,
         norm_offset=1.0,
         scales_embedding=True,
         has_query_scalar=True,
@@ -225,6 +229,7 @@ FAMILIES = (
         activation_key="hidden_activation",
         gguf_names=_POST_NORM_NAMES,
         gguf_query_depth=62,
+        gguf_has_window=True,
         norm_offset=1.0,
         scales_embedding=True,
         has_query_scalar=True,

@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine.checkpoint.loading import Checkpoint
 from engine.errors import ParameterError
 from engine.models.layerwise import Cached, DecoderLayers
-from kernels.reference import rms_norm
+from kernels.reference import rms_norm, soft_cap
 
 _MICRO_BATCH = 4
 _ROWS = 256
@@ -73,27 +73,34 @@ def divergence(
         )
     states = [hidden_states(c, tokens, progress) for c in (model, reference)]
     tables = [head_table(c) for c in (model, reference)]
-    return compare(states[0], tables[0], states[1], tables[1], tokens)
+    return compare(states[0], tables[0], states[1], tables[1], tokens, model.config.final_softcap)
 
 
 @torch.inference_mode()
-def compare(x: Tensor, head: Tensor, x_ref: Tensor, head_ref: Tensor, tokens: Tensor) -> Divergence:
-    """Divergence from normed residual streams [S, T, hidden] and heads [vocab, hidden]."""
-    columns = list(zip(*_each_row_block(x, head, x_ref, head_ref, tokens), strict=True))
+def compare(
+    x: Tensor,
+    head: Tensor,
+    x_ref: Tensor,
+    head_ref: Tensor,
+    tokens: Tensor,
+    softcap: float | None = None,
+) -> Divergence:
+    """From normed residual streams [S, T, hidden], heads [vocab, hidden] and the soft cap of both logits."""
+    columns = list(zip(*_each_row_block(x, head, x_ref, head_ref, tokens, softcap), strict=True))
     shape = (tokens.shape[0], tokens.shape[1] - 1)
     kl, nll, reference_nll, agrees = (torch.cat(c).view(shape) for c in columns)
     return Divergence(kl, nll, reference_nll, agrees)
 
 
 def _each_row_block(
-    x: Tensor, head: Tensor, x_ref: Tensor, head_ref: Tensor, tokens: Tensor
+    x: Tensor, head: Tensor, x_ref: Tensor, head_ref: Tensor, tokens: Tensor, softcap: float | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     inputs, wanted = x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     references = x_ref[:, :-1].flatten(0, 1)
     parts = (t.split(_ROWS) for t in (inputs, references, wanted))
     for ours, theirs, y in zip(*parts, strict=True):
-        log_q = functional.linear(ours, head).log_softmax(-1)
-        log_p = functional.linear(theirs, head_ref).log_softmax(-1)
+        log_q = soft_cap(functional.linear(ours, head), softcap).log_softmax(-1)
+        log_p = soft_cap(functional.linear(theirs, head_ref), softcap).log_softmax(-1)
         agrees = log_q.argmax(-1) == log_p.argmax(-1)
         index = y[:, None]
         nll, reference_nll = -log_q.gather(1, index)[:, 0], -log_p.gather(1, index)[:, 0]

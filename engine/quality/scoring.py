@@ -75,15 +75,15 @@ def continuation_logprobs(
             # The prompt's last token gives a continuation's first, each of its own the next.
             wanted = torch.cat([x[0, len(prompt) - 1 : len(prompt)], x[0, at : at + len(continuation) - 1]])
             normed = rms_norm(wanted, norm, layers.config.rms_norm_eps)
-            scores.append(_total(normed, head, torch.tensor(continuation)))
+            scores.append(_total(layers, normed, head, torch.tensor(continuation)))
             at += len(continuation)
     return scores
 
 
-def _total(states: Tensor, head: Tensor, targets: Tensor) -> float:
+def _total(layers: DecoderLayers, states: Tensor, head: Tensor, targets: Tensor) -> float:
     total = 0.0
     for x, y in zip(states.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
-        logits = functional.linear(x, head)
+        logits = layers.logits(x, head)
         total -= float(functional.cross_entropy(logits, y, reduction="sum"))
     return total
 

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.models.layerwise import SHARED_INPUTS, DecoderLayers, LayerWeights, linear_name
+from engine.models.layerwise import DecoderLayers, LayerWeights, linear_name, shared_inputs
 from engine.quantization.candidates import quantize_all
 from engine.quantization.sensitivity import weighted_moment
 from kernels.formats import Format, IntegerWeight
-
-_LEADER = {names[0]: names for names in SHARED_INPUTS}
 
 
 @torch.inference_mode()
@@ -28,12 +26,13 @@ def quantize_layer(
     x: [S, T, hidden], the quantized model's stream before the layer. importance: [S, T] by first linear of
     those that share an input. formats: format by full tensor name.
     """
+    followers = {names[0]: names for names in shared_inputs(layers.config)}
     quantized: dict[str, IntegerWeight] = {}
     dense: dict[str, Tensor] = {}
 
     def linear(name: str, value: Tensor) -> Tensor:
-        if name in _LEADER:
-            names = _LEADER[name]
+        if name in followers:
+            names = followers[name]
             hessian = weighted_moment(value, importance[name])
             matrices = [weights.linears[n] for n in names]
             own = [[Format.parse(formats[linear_name(layer, n)])] for n in names]

@@ -202,11 +202,10 @@ def _groups(layers: DecoderLayers, trial: Trial) -> Iterator[Mapping[str, Tensor
 
 
 def _stored_vector(layers: DecoderLayers, name: str) -> Tensor:
-    """Norms and biases stay in float32: they are few, and every bit of theirs counts."""
+    """Norms, biases and routers stay in float32: they are few, and every bit of theirs counts."""
     tensor = layers.tensor(name)
-    is_gemma = layers.config.architecture == "Gemma3ForCausalLM"
-    if is_gemma and "norm" in name and layers.config.norm_offset == 0:
-        tensor = tensor - 1  # GGUF stores 1 + w, Hugging Face's form is w
+    if "norm" in name:  # GGUF stores them with the family's offset added
+        tensor = tensor - (layers.config.family.norm_offset - layers.config.norm_offset)
     return tensor.float()
 
 

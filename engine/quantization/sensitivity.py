@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import kernels
-from engine.models.layerwise import LINEARS, SHARED_INPUTS, DecoderLayers, LayerWeights, linear_name
+from engine.errors import QualityError
+from engine.models.layerwise import DecoderLayers, LayerWeights, linear_name, linears, shared_inputs
 from engine.quantization.candidates import quantize_all
 from engine.quantization.rotation import can_rotate, rotate_heads, rotate_values
 from engine.quantization.workspace import HiddenStates, Workspace
@@ -89,6 +90,7 @@ class SensitivityAnalysis:
         self.layers, self.tokens, self.formats = layers, tokens, list(formats)
         self.workspace, self.progress = workspace, progress
         self.num_layers = layers.config.num_layers
+        self.linears, self.shared_inputs = linears(layers.config), shared_inputs(layers.config)
         shape = (*tokens.shape, layers.config.hidden_size)
         self.hidden = HiddenStates(workspace.path("hidden.bin"), self.num_layers + 1, shape)
 
@@ -139,8 +141,10 @@ class SensitivityAnalysis:
                 rows = rows.requires_grad_()
                 with torch.enable_grad():
                     normed = self.final(rows)
-                logits = functional.linear(normed, table)
+                logits = self.layers.logits(normed, table)
+                slope = self.layers.logit_slope(logits)
                 error, drawn = _draw(logits, generator)
+                error *= slope
                 gradients.append(torch.autograd.grad(normed, rows, error @ table)[0])
                 targets.append(drawn)
             gradient = torch.cat(gradients).view(self.hidden[0].shape)
@@ -154,7 +158,7 @@ class SensitivityAnalysis:
             gradient = self.workspace.load_tensors(f"gradient-{layer + 1}.safetensors")["g"]
             weights = self.layers.load(layer)
             inputs, outputs, below = self._recompute(layer, weights, gradient)
-            importance = {names[0]: _token_weight(names, outputs) for names in SHARED_INPUTS}
+            importance = {names[0]: _token_weight(names, outputs) for names in self.shared_inputs}
             tried = {
                 "plain": self._try_plain(layer, weights, inputs, outputs, importance),
                 "rotated": self._try_rotated(layer, weights, inputs, outputs, importance),
@@ -169,8 +173,8 @@ class SensitivityAnalysis:
         self, layer: int, weights: LayerWeights, gradient: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Inputs [S, T, K] and output gradients [S, T, N] of every linear, gradient at the layer's input."""
-        inputs: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
-        outputs: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.linears}
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self.linears}
         below = []
         for x, g in zip(self.hidden[layer].split(_MICRO_BATCH), gradient.split(_MICRO_BATCH), strict=True):
             x.requires_grad_()
@@ -183,9 +187,9 @@ class SensitivityAnalysis:
                 return y
 
             y = self.layers.forward(layer, weights, x, linear)
-            found = torch.autograd.grad(y, [x, *(leaves[n] for n in LINEARS)], g)
+            found = torch.autograd.grad(y, [x, *(leaves[n] for n in self.linears)], g)
             below.append(found[0])
-            for name, value in zip(LINEARS, found[1:], strict=True):
+            for name, value in zip(self.linears, found[1:], strict=True):
                 outputs[name].append(value)
         return (
             {name: torch.cat(parts) for name, parts in inputs.items()},
@@ -197,10 +201,10 @@ class SensitivityAnalysis:
         self, layer: int, weights: LayerWeights, inputs: _Named, outputs: _Named, importance: _Named
     ) -> list[TensorSensitivity]:
         results: dict[str, TensorSensitivity] = {}
-        for names in SHARED_INPUTS:
+        for names in self.shared_inputs:
             leader = names[0]
             results |= self._try_formats(layer, names, weights, inputs[leader], outputs, importance[leader])
-        return [results[name] for name in LINEARS]
+        return [results[name] for name in self.linears]
 
     def _try_rotated(
         self, layer: int, weights: LayerWeights, inputs: _Named, outputs: _Named, importance: _Named
@@ -315,8 +319,10 @@ class SensitivityAnalysis:
             g = torch.zeros(len(rows), hidden)
             if has_logits:
                 for x, y in zip(normed[s].split(_HEAD_ROWS), targets[s].split(_HEAD_ROWS), strict=True):
-                    error = functional.linear(x, table).softmax(-1).neg_()
+                    logits = self.layers.logits(x, table)
+                    error = logits.softmax(-1).neg_()
                     error[torch.arange(len(y)), y] += 1
+                    error *= self.layers.logit_slope(logits)
                     g += error[:, rows].T @ x
             if lookups is not None:
                 g.index_add_(0, place[self.tokens[s]], lookups[s])
@@ -341,8 +347,9 @@ class SensitivityAnalysis:
                 table = self.head_table()
                 for x in self.final(self.hidden[self.num_layers]).flatten(0, 1).split(_HEAD_ROWS):
                     # Expected square of the logits' gradients, p (1 - p), summed over the rows.
-                    p = functional.linear(x, table).softmax(-1)
-                    moment += (x * (p * (1 - p)).sum(-1, keepdim=True)).T @ x
+                    logits = self.layers.logits(x, table)
+                    p, slope = logits.softmax(-1), self.layers.logit_slope(logits)
+                    moment += (x * (p * (1 - p) * slope * slope).sum(-1, keepdim=True)).T @ x
             if has_lookups:
                 flat = self._lookup_gradient().flatten(0, 1)
                 moment += flat.T @ flat
@@ -358,16 +365,23 @@ class SensitivityAnalysis:
 
 def _token_weight(names: Sequence[str], outputs: _Named) -> Tensor:
     """How much the model's output depends on linears' outputs at each token, [S, T]."""
-    shares = [outputs[n].square().sum(-1) / outputs[n].square().sum() for n in names]
-    return torch.stack(shares).sum(0)
+    squares = [outputs[n].square().sum(-1) for n in names]
+    return torch.stack([s / s.sum().clamp(min=1e-30) for s in squares]).sum(0)
 
 
 def weighted_moment(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum over tokens of weight * x x^T, float32 [K, K], for x [S, T, K] and weight [S, T]."""
+    """Sum over tokens of weight * x x^T, float32 [K, K], for x [S, T, K] and weight [S, T].
+
+    Of inputs that are all zero, an expert's that no token reached, it is the identity: all count alike.
+
+    Raises QualityError where the activations or gradients are beyond float32.
+    """
     total = torch.zeros(x.shape[-1], x.shape[-1])
     for x_s, w_s in zip(x, weight, strict=True):
         total += (x_s * w_s[:, None]).T @ x_s
-    return total
+    if not torch.isfinite(total).all():
+        raise QualityError("activations or gradients of the calibration text are not finite in float32")
+    return total if total.any() else torch.eye(x.shape[-1])
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 from engine.checkpoint.packed_tensors import packed_name
-from engine.models.layerwise import LINEARS, DecoderLayers, LayerWeights, linear_name
+from engine.models.layerwise import DecoderLayers, LayerWeights, linear_name, linears
 from engine.quality.divergence import compare
 from engine.quantization.choice import Choice
 from engine.quantization.passes import quantize_layer
@@ -89,7 +89,8 @@ class Trial:
         quantized, x = quantize_layer(
             self._layers, layer, weights, streams["x"], importance, self.choice.formats
         )
-        dense = {linear: quantized[linear_name(layer, linear)].dequantize() for linear in LINEARS}
+        names = {linear: linear_name(layer, linear) for linear in linears(self._layers.config)}
+        dense = {linear: quantized[name].dequantize() for linear, name in names.items()}
         validated = _run(self._layers, layer, LayerWeights(dense, weights.vectors), streams["validation"])
         self._save_streams(layer + 1, x, validated)
         packed = {packed_name(full): kernels.pack(w).data for full, w in quantized.items()}
@@ -103,7 +104,9 @@ class Trial:
         head_name = self._analysis.table_names()[-1]
         head = kernels.dequantize(self._analysis.quantize_tables(self.choice.formats)[head_name])
         reference = self._reference()
-        d = compare(self._analysis.final(streams["validation"]), head, reference, table, self._validation)
+        softcap = self._layers.config.final_softcap
+        x = self._analysis.final(streams["validation"])
+        d = compare(x, head, reference, table, self._validation, softcap)
         quality = Quality(
             kl=float(d.kl.mean()),
             perplexity=float(d.nll.mean().exp()),

@@ -1,0 +1,1 @@
+"""Every model family and checkpoint format against `transformers`, on small random models."""
