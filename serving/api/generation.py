@@ -154,7 +154,8 @@ async def respond(
     with state.admit(service) as engine:
         job, presenter = await prepare(engine)
         num_tokens = sum(map(len, job.prompts))
-        made.response_id, made.params, made.num_prompt_tokens = job.request_id, job.params, num_tokens
+        made.response_id, made.num_prompt_tokens = job.request_id, num_tokens
+        made.params = None if job.pooling is not None else job.params
         state.admission.check_deadline(service, num_tokens)
         await visit.admit(num_tokens, job.max_output_tokens)
         made.queued_s = time.monotonic()

@@ -130,7 +130,7 @@ def _generation_attributes(exchange: Exchange, made: Generation) -> dict[str, An
         {
             "gen_ai.operation.name": made.operation,
             "gen_ai.provider.name": "peregrine",
-            "gen_ai.output.type": "text",
+            "gen_ai.output.type": None if made.operation == "embeddings" else "text",
             "gen_ai.request.model": made.model,
             "gen_ai.request.stream": made.is_stream,
             "gen_ai.request.choice.count": params.n if params and params.n != 1 else None,

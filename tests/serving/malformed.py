@@ -6,8 +6,11 @@ from typing import Any
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+EMBEDDINGS = "/v1/embeddings"
 MODEL = "SmolLM2-135M-Instruct"
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL_OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "x"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,16 @@ def chat(name: str, param: str | None, status: int = 400, words: str = "", **bod
 def completion(name: str, param: str | None, status: int = 400, words: str = "", **body: Any) -> Case:
     values = {"model": MODEL, "prompt": "Hello", "max_tokens": 4, **body}
     return Case(name, COMPLETIONS, json.dumps(values).encode(), status, param, words)
+
+
+def response(name: str, param: str | None, status: int = 400, words: str = "", **body: Any) -> Case:
+    values = {"model": MODEL, "input": "Hello", "max_output_tokens": 4, **body}
+    return Case(name, RESPONSES, json.dumps(values).encode(), status, param, words)
+
+
+def embedding(name: str, param: str | None, status: int = 400, words: str = "", **body: Any) -> Case:
+    values = {"model": MODEL, "input": "Hello", **body}
+    return Case(name, EMBEDDINGS, json.dumps(values).encode(), status, param, words)
 
 
 def raw(name: str, content: bytes, status: int = 400, words: str = "", **kw: Any) -> Case:
@@ -272,6 +285,35 @@ CASES: list[Case] = [
     completion("suffix and echo", "echo", suffix="x", echo=True),
     completion("best_of below n", "best_of", n=3, best_of=2),
     completion("best_of and stream", "best_of", best_of=3, stream=True),
+    # Responses, embeddings, tokens
+    response("no input", "input", input=None),
+    response("an empty input", "input", input=""),
+    response("input is a number", "input", input=5),
+    response("an item of unknown type", "input[0]", input=[{"type": "reasoning"}]),
+    response("an item of unknown role", "input[0].role", input=[{"role": "wizard", "content": "x"}]),
+    response("an output without its call", "input", input=[CALL_OUTPUT]),
+    response("a built-in tool", "tools[0].type", 400, "web_search", tools=[{"type": "web_search"}]),
+    response("a call forced without tools", "tool_choice", tool_choice="required"),
+    response("in the background", "background", 400, "not supported", background=True),
+    response("a conversation", "conversation", conversation="conv_1"),
+    response("reasoning", "reasoning.effort", reasoning={"effort": "high"}),
+    response("truncation", "truncation", truncation="auto"),
+    response("a schema without one", "text.format.schema", text={"format": {"type": "json_schema"}}),
+    response("a response that never was", "previous_response_id", previous_response_id="resp_1"),
+    response("an input beyond the context", "input", 400, "context", input="a b " * 9000),
+    raw("reading a response that never was", b"", 404, "not found", path=f"{RESPONSES}/resp_1", method="GET"),
+    raw("forgetting one that never was", b"", 404, "not found", path=f"{RESPONSES}/resp_1", method="DELETE"),
+    embedding("an empty text", "input", input=""),
+    embedding("the second text is empty", "input[1]", input=["a", ""]),
+    embedding("texts and tokens", "input", input=["a", 1]),
+    embedding("a token beyond the vocabulary", "input", input=[49152]),
+    embedding("too many texts", "input", input=["a"] * 2049),
+    embedding("a text beyond the context", "input", 400, "context", input=[5] * 9000),
+    embedding("other dimensions", "dimensions", 400, "must be 576", dimensions=64),
+    embedding("another encoding", "encoding_format", encoding_format="int8"),
+    embedding("another pooling", "pooling", pooling="max"),
+    raw("nothing to tokenize", b"{}", words="prompt", path="/tokenize"),
+    raw("words to detokenize", b'{"tokens": ["a"]}', path="/detokenize"),
     # Prompts
     completion("prompt is a number", "prompt", prompt=5),
     completion("prompt is null", "prompt", prompt=None),

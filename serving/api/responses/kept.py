@@ -1,11 +1,14 @@
 """Kept answers, whichever replica keeps them."""
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from serving.api.responses.items import FunctionCallItem, Item, ItemReference, KnownItem, MessageItem
 from serving.api.responses.objects import OutputItem, OutputMessage, Response
 from serving.api.responses.store import ResponseStore, StoredResponse
 from serving.errors import ApiError
+
+_IS_ID = re.compile(r"resp_[A-Za-z0-9-]+_[0-9a-f]{32}")
 
 AskPeers = Callable[[str, str | None, bool], Awaitable[StoredResponse | None]]
 """A response by its id, for this owner, from the replica that keeps it; with True it is forgotten there.
@@ -60,7 +63,7 @@ class KeptResponses:
         raise ApiError(404, f"Item with id '{item_id}' not found.", param="input", code="item_not_found")
 
     async def _ask(self, response_id: str, owner: str | None, *, forget: bool) -> StoredResponse | None:
-        if self._peers is None or response_id.startswith(self.id_prefix):
+        if self._peers is None or response_id.startswith(self.id_prefix) or not _IS_ID.fullmatch(response_id):
             return None
         return await self._peers(response_id, owner, forget)
 

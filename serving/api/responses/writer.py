@@ -36,7 +36,8 @@ class AnswerWriter:
         """Of tokens whose text is held back."""
 
     def feed(self, text: str, logprobs: Sequence[PositionLogprobs]) -> Iterator[Event]:
-        self._logprobs += chat_logprobs(tuple(logprobs)).content
+        if logprobs:
+            self._logprobs += chat_logprobs(tuple(logprobs)).content
         for event in self._parser.feed(text):
             yield from self._take(event)
 

@@ -143,8 +143,9 @@ async def test_other_replicas_are_asked_for_ids_that_are_not_ones_own():
             assert [m["content"] for m in engine.messages] == ["Hi", "Hello", "And?"]
             await second.responses.delete(done.id)
             assert len(one.responses) == 0
-            with pytest.raises(openai.NotFoundError):
-                await second.responses.retrieve("resp_two_unknown")
+            for unknown in (f"resp_two_{'0' * 32}", "resp_unknown", "x"):
+                with pytest.raises(openai.NotFoundError):
+                    await second.responses.retrieve(unknown)
     assert asked == [(done.id, None, False), (done.id, None, False), (done.id, None, True)]
 
 
@@ -154,7 +155,7 @@ async def test_a_silent_replica_is_no_reason_to_say_not_found():
 
     async with client_of(ScriptedEngine(["Hello"]), response_peers=ask) as (client, _):
         with pytest.raises(openai.InternalServerError) as error:
-            await client.responses.retrieve("resp_other_1")
+            await client.responses.retrieve(f"resp_other_{'0' * 32}")
     assert error.value.status_code == 503
 
 
