@@ -92,7 +92,7 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def mask_bias(masks: Tensor, vocab_size: int) -> Tensor:
-    """float32 [R, vocab_size]: 0, and -inf where masks, int32 [R, words] as in `SamplingBatch`, do not allow."""
+    """float32 [R, vocab_size]: 0, or -inf where masks, int32 [R, words] as in `SamplingBatch`, forbid it."""
     of_bytes = _byte_biases(masks.device).index_select(0, masks.view(torch.uint8).int().view(-1))
     return of_bytes.view(len(masks), -1)[:, :vocab_size]
 

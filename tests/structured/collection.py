@@ -391,6 +391,13 @@ FEATURES: dict[str, list[Schema]] = {
 }
 """Schemas by the feature that they are about."""
 
+PART: list[tuple[str, Schema]] = [
+    (f"{feature}-{i}", schemas[i])
+    for feature, schemas in FEATURES.items()
+    for i in range(0, len(schemas), -(-len(schemas) // 2))
+]
+"""Two of each feature."""
+
 SCHEMAS: list[tuple[str, Schema]] = [
     (f"{feature}-{i}", schema) for feature, schemas in FEATURES.items() for i, schema in enumerate(schemas)
 ]

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 
 import jsonschema
+import openai
 
 from engine import Constraint, InferenceEngine, SamplingParams
 from tests.structured.collection import Schema
@@ -60,6 +62,10 @@ class Outcome:
     error: str | None
 
     @property
+    def feature(self) -> str:
+        return self.name.rpartition("-")[0]
+
+    @property
     def is_valid(self) -> bool:
         return self.finish_reason == "stop" and self.error is None
 
@@ -78,45 +84,103 @@ def error_of(text: str, schema: Schema) -> str | None:
     return None
 
 
-async def complete(
-    engine: InferenceEngine, name: str, schema: Schema, temperature: float, seed: int
+class EngineRun:
+    """Completions by an engine, their deltas put together."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine = engine
+
+    async def complete(self, name: str, schema: Schema, temperature: float, seed: int) -> Outcome:
+        engine = self._engine
+        prompt = await engine.tokenize_chat(question(schema))
+        ends = _ENDS if is_recursive(name) else ()
+        params = SamplingParams(
+            temperature=temperature,
+            seed=seed,
+            max_tokens=MAX_TOKENS,
+            logit_bias={token_id: _END_BIAS for end in ends for token_id in await engine.tokenize(end)},
+            constraint=Constraint("json_schema", json.dumps(schema)),
+        )
+        text, num_tokens, finish_reason = "", 0, ""
+        async for output in engine.generate(prompt, params, request_id=f"{name}-{temperature}"):
+            text += output.text
+            num_tokens, finish_reason = output.num_output_tokens, output.finish_reason or ""
+        return outcome_of(name, schema, temperature, text, num_tokens, finish_reason)
+
+
+class HttpRun:
+    """Completions by a server, whole or streamed, with OpenAI's client.
+
+    tokenize: of the served model, for biases.
+    """
+
+    def __init__(
+        self, client: openai.AsyncOpenAI, model: str, tokenize: Callable[[str], list[int]], *, is_stream: bool
+    ) -> None:
+        self._client, self._model, self._is_stream = client, model, is_stream
+        self._bias = {str(token_id): int(_END_BIAS) for end in _ENDS for token_id in tokenize(end)}
+
+    async def complete(self, name: str, schema: Schema, temperature: float, seed: int) -> Outcome:
+        named = {"name": name.replace("$", ""), "schema": schema, "strict": True}
+        create = partial(
+            self._client.chat.completions.create,
+            model=self._model,
+            messages=question(schema),  # type: ignore[arg-type]
+            temperature=temperature,
+            seed=seed,
+            max_tokens=MAX_TOKENS,
+            logit_bias=self._bias if is_recursive(name) else {},
+            response_format={"type": "json_schema", "json_schema": named},
+        )
+        if not self._is_stream:
+            answer = await create()
+            [choice] = answer.choices
+            num_tokens = answer.usage.completion_tokens
+            return outcome_of(
+                name, schema, temperature, choice.message.content, num_tokens, choice.finish_reason
+            )
+        text, num_tokens, finish_reason = "", 0, ""
+        async for chunk in await create(stream=True, stream_options={"include_usage": True}):
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                finish_reason = choice.finish_reason or finish_reason
+            if chunk.usage is not None:
+                num_tokens = chunk.usage.completion_tokens
+        return outcome_of(name, schema, temperature, text, num_tokens, finish_reason)
+
+
+def question(schema: Schema) -> list[dict[str, str]]:
+    text = f"Give an example of JSON of this schema: {json.dumps(schema, ensure_ascii=False)}"
+    return [{"role": "user", "content": text}]
+
+
+def is_recursive(name: str) -> bool:
+    return name.startswith("recursive")
+
+
+def outcome_of(
+    name: str, schema: Schema, temperature: float, text: str, num_tokens: int, finish_reason: str
 ) -> Outcome:
-    """One completion, its deltas put together."""
-    question = f"Give an example of JSON of this schema: {json.dumps(schema, ensure_ascii=False)}"
-    prompt = await engine.tokenize_chat([{"role": "user", "content": question}])
-    ends = _ENDS if name.startswith("recursive") else ()
-    params = SamplingParams(
-        logit_bias={token_id: _END_BIAS for end in ends for token_id in await engine.tokenize(end)},
-        temperature=temperature,
-        seed=seed,
-        max_tokens=MAX_TOKENS,
-        constraint=Constraint("json_schema", json.dumps(schema)),
-    )
-    text, num_tokens, finish_reason = "", 0, ""
-    async for output in engine.generate(prompt, params, request_id=f"{name}-{temperature}"):
-        text += output.text
-        num_tokens, finish_reason = output.num_output_tokens, output.finish_reason or ""
     error = error_of(text, schema) if finish_reason == "stop" else None
     return Outcome(name, temperature, text, num_tokens, finish_reason, error)
 
 
 async def complete_all(
-    engine: InferenceEngine,
+    run: EngineRun | HttpRun,
     schemas: Sequence[tuple[str, Schema]],
     temperatures: Sequence[float] = (0.0, 1.0),
     num_at_once: int = 16,
-) -> AsyncIterator[Outcome]:
-    """Outcomes as they come."""
+) -> list[Outcome]:
     places = asyncio.Semaphore(num_at_once)
 
     async def one(name: str, schema: Schema, temperature: float, seed: int) -> Outcome:
         async with places:
-            return await complete(engine, name, schema, temperature, seed)
+            return await run.complete(name, schema, temperature, seed)
 
-    tasks = [
-        asyncio.create_task(one(name, schema, temperature, seed))
-        for seed, (name, schema) in enumerate(schemas)
-        for temperature in temperatures
-    ]
-    for task in asyncio.as_completed(tasks):
-        yield await task
+    return await asyncio.gather(
+        *(
+            one(name, schema, temperature, seed)
+            for seed, (name, schema) in enumerate(schemas)
+            for temperature in temperatures
+        )
+    )

@@ -4,10 +4,8 @@ import pytest
 
 from engine import EngineConfig
 from engine.async_engine import AsyncEngine
-from tests.structured.collection import FEATURES, SCHEMAS
-from tests.structured.runs import complete_all, error_of
-
-OF_EACH_FEATURE = 2
+from tests.structured.collection import PART, SCHEMAS
+from tests.structured.runs import EngineRun, complete_all, error_of
 
 
 def test_the_collection_is_large():
@@ -34,15 +32,10 @@ def test_what_is_not_of_the_schema_is_found_out(text, schema):
 
 @pytest.mark.model
 async def test_completions_are_of_their_schemas(smollm2):
-    part = [
-        (f"{feature}-{i}", schemas[i])
-        for feature, schemas in FEATURES.items()
-        for i in range(0, len(schemas), -(-len(schemas) // OF_EACH_FEATURE))
-    ]
     engine = await AsyncEngine.start(EngineConfig(model=str(smollm2), device="cpu", num_blocks=1200))
     try:
-        outcomes = [outcome async for outcome in complete_all(engine, part)]
+        outcomes = await complete_all(EngineRun(engine), PART)
     finally:
         await engine.shutdown()
-    assert len(outcomes) == 2 * len(part) >= 80
+    assert len(outcomes) == 2 * len(PART) >= 80
     assert [o for o in outcomes if not o.is_valid] == []
