@@ -29,13 +29,13 @@ class ToolDefinition:
     field: str = "tools"
 
     def as_template_input(self) -> dict[str, Any]:
-        """As chat templates take it (Hugging Face's convention, which is OpenAI's)."""
+        """As chat templates take it, in Hugging Face's convention; some of them need `properties`."""
         return {
             "type": "function",
             "function": {
                 "name": self.name,
                 "description": self.description,
-                "parameters": dict(self.parameters),
+                "parameters": {**self.parameters, "properties": self.parameters.get("properties", {})},
             },
         }
 

@@ -26,26 +26,42 @@ Its result then comes between <tool_response> and </tool_response>."""
 def with_template(messages: Sequence[Message], syntax: CallSyntax) -> list[dict[str, Any]]:
     """For a template that knows tools: Hugging Face's convention, where arguments are objects.
 
+    Where a turn may have one call, each call stands before its result, and text in a turn of its own.
+
     Raises ParameterError naming the message whose arguments are no JSON object.
     """
     names = {call.id: call.name for m in messages for call in m.tool_calls}
-    shown = []
+    shown: list[dict[str, Any]] = []
+    waiting: dict[
+        str, dict[str, Any]
+    ] = {}  # by the ids of their results, calls that come in turns of their own
     for number, message in enumerate(messages):
-        item: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            item["tool_calls"] = [
-                {
-                    "id": _template_id(call.id, syntax),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _arguments(call.arguments, number, i)},
-                }
-                for i, call in enumerate(message.tool_calls)
-            ]
-        if message.tool_call_id is not None:
-            item["tool_call_id"] = _template_id(message.tool_call_id, syntax)
-            item["name"] = names.get(message.tool_call_id, "")
-        shown.append(item)
-    return shown
+        if message.role != "tool":
+            shown += [_calling(call) for call in waiting.values()]
+            waiting = {}
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        calls = [
+            {
+                "id": _template_id(call.id, syntax),
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments, number, i)},
+            }
+            for i, call in enumerate(message.tool_calls)
+        ]
+        if calls and syntax.is_single:
+            waiting = dict(zip((call.id for call in message.tool_calls), calls, strict=True))
+            if message.content:
+                shown.append(turn)
+            continue
+        if calls:
+            turn["tool_calls"] = calls
+        if (call_id := message.tool_call_id) is not None:
+            if call_id in waiting:
+                shown.append(_calling(waiting.pop(call_id)))
+            turn["tool_call_id"] = _template_id(call_id, syntax)
+            turn["name"] = names.get(call_id, "")
+        shown.append(turn)
+    return shown + [_calling(call) for call in waiting.values()]
 
 
 def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition]) -> list[dict[str, Any]]:
@@ -76,6 +92,10 @@ def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition
         else:
             shown.insert(0, {"role": "system", "content": instructions})
     return shown
+
+
+def _calling(call: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _arguments(text: str, message: int, call: int) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ class CallSyntax:
         arguments_key: the member that holds the arguments, as the family was trained to write it. Both
             spellings are read.
         template_signs: a chat template with one of them belongs to the family.
+        is_single: the template takes one call in a turn.
         id_pattern: the ids that the template takes; others are mapped to such. None takes all.
     """
 
@@ -25,6 +26,7 @@ class CallSyntax:
     begin: str = ""
     end: str = ""
     is_list: bool = False
+    is_single: bool = False
     arguments_key: str = "arguments"
     template_signs: tuple[str, ...] = ()
     id_pattern: re.Pattern[str] | None = None
@@ -43,6 +45,7 @@ MISTRAL = CallSyntax(
 LLAMA = CallSyntax(
     "llama",
     "<|python_tag|>",
+    is_single=True,
     arguments_key="parameters",
     template_signs=("<|python_tag|>", '"parameters": dictionary'),
 )

@@ -127,6 +127,23 @@ def test_a_template_that_knows_tools_gets_them():
     assert plan.params.visible_tokens == ("<tool_call>", "</tool_call>")
 
 
+def test_one_call_a_turn_where_the_template_takes_no_more():
+    asked = (*HELLO, Message("assistant", "Wait.", CALLS), ASKED[3], ASKED[2])
+    plan = plan_chat(asked, [WEATHER], ToolChoice(), SamplingParams(), "{{ tools }}<|python_tag|>")
+    assert [m["role"] for m in plan.messages] == [
+        "user",
+        "assistant",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+    ]
+    assert plan.messages[1] == {"role": "assistant", "content": "Wait."}
+    for call, result in (plan.messages[2:4], plan.messages[4:6]):
+        assert [c["id"] for c in call["tool_calls"]] == [result["tool_call_id"]]
+    assert plan.messages[2]["tool_calls"][0]["function"]["name"] == plan.messages[3]["name"] == "trees"
+
+
 def test_a_template_that_does_not_gets_text():
     plan = plan_chat(ASKED, [WEATHER], ToolChoice(), SamplingParams(), "{{ messages }}")
     assert plan.template_tools is None
