@@ -12,10 +12,12 @@ from engine.core import EngineCore
 from engine.messages import AbortRequests, AddRequest, TokenOutput
 from engine.models.build import build_model
 from engine.models.llama import KVCache
+from engine.request import Request, RequestStatus
 from kernels.reference import rms_norm
 from tests.engine.emulated_cuda import emulate
 from tests.engine.helpers import greedy, make_core, run_all, save_random_llama
 from tests.engine.packed_models import packed_llama
+from tests.engine.test_scheduler import add, make_scheduler, plan
 from tests.kernels.helpers import step
 
 POOLINGS = ("mean", "last")
@@ -129,6 +131,25 @@ def test_the_longest_prompt_and_one_too_long(model):
     check(embed_all(core, asked, "mean"), reference, asked, "mean")
     with pytest.raises(ValueError, match="65 prompt tokens, limit 64"):
         embed_all(core, {"b": [5] * 65}, "mean")
+
+
+def test_a_prompt_whose_last_chunk_is_in_flight_is_not_planned_again():
+    scheduler = make_scheduler(token_budget=4)
+    request = Request(
+        "a", range(6), SamplingParams(), max_model_len=scheduler.max_model_len, pooling=PoolingParams()
+    )
+    scheduler.add_request(request)
+    add(scheduler, "b", 3)
+    plans = []
+    for _ in range(3):
+        plans.append(scheduler.schedule())
+        scheduler.run_ahead(plans[-1])
+    assert [plan(output) for output in plans] == [{"a": 4}, {"a": 2, "b": 2}, {"b": 1}]
+    assert not any(p.is_sampled for output in plans for p in output.scheduled if p.request is request)
+    assert scheduler.update(plans[0], {}) == []
+    assert scheduler.update(plans[1], {}) == [(request, ())]
+    assert (request.status, request.num_output_tokens) == (RequestStatus.FINISHED_STOPPED, 0)
+    assert request not in scheduler.running
 
 
 def test_an_abort_frees_everything(model):
