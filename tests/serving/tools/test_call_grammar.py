@@ -6,7 +6,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
-from engine import SamplingParams
+from engine import Constraint, SamplingParams
 from engine.structured.grammar import grammar_of
 from serving.tools import Message, ToolChoice, ToolDefinition, plan_chat
 from serving.tools.syntax import HERMES, LLAMA, MISTRAL
@@ -45,10 +45,11 @@ def tokenizer(request, smollm2):
 def allows(tokenizer):
     vocabulary = LLTokenizer(tokenizer.to_str(), n_vocab=49200, eos_token=[EOS])
 
-    def allows(family: str, text: str, **choice) -> bool:
-        """Whether the output may be this, and may end so."""
+    def allows(family: str, text: str, *, answer: Constraint | None = None, **choice) -> bool:
+        """Whether the output may be this, and may end so. answer: what its text is held to."""
         chosen, template = ToolChoice(**choice), TEMPLATES[family]
-        plan = plan_chat([Message("user")], TOOLS, chosen, SamplingParams(), template, tokenizer.token_to_id)
+        params = SamplingParams(constraint=answer)
+        plan = plan_chat([Message("user")], TOOLS, chosen, params, template, tokenizer.token_to_id)
         matcher = LLMatcher(vocabulary, grammar_of(plan.params.constraint))
         assert not matcher.is_error(), matcher.get_error()
         ids = [*tokenizer.encode(text, add_special_tokens=False).ids, EOS]
@@ -118,3 +119,14 @@ def test_one_call_where_several_are_not_wanted(allows):
 def test_thoughts_come_before(allows):
     assert allows("hermes", f"<think>\nHm.\n</think>\n\n{marked('hermes', call('hermes', x=1))}")
     assert not allows("hermes", f"<think>\nHm.\n</think>\n\n{marked('hermes', call('hermes', x='1'))}")
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_call_or_an_answer_of_a_form_of_its_own(allows, family):
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "required": ["y"]}}}
+    answer = Constraint("json_schema", json.dumps(schema))
+    good = call(family, x=1)
+    for text in ('{"y": 1}', good, f"[{good}, {good}]"):
+        assert allows(family, text, answer=answer), text
+    for text in ("Hello", "[]", call(family, x="1"), marked(family, good)):
+        assert not allows(family, text, answer=answer), text
