@@ -37,6 +37,8 @@ def test_a_response_whole_and_streamed(client):
     whole = client.responses.create(model=MODEL, input=FRANCE, temperature=0)
     assert (whole.status, whole.output_text) == ("completed", ANSWER)
     assert whole.usage.output_tokens == 8
+    counted = client.responses.input_tokens.count(model=MODEL, input=FRANCE)
+    assert counted.input_tokens == whole.usage.input_tokens
     with client.responses.stream(model=MODEL, input=FRANCE, temperature=0) as stream:
         events = list(stream)
         done = stream.get_final_response()

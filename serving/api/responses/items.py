@@ -83,12 +83,8 @@ Item = Annotated[
 KnownItem = MessageItem | FunctionCallItem | FunctionCallOutputItem
 
 
-def conversation_of(
-    instructions: str | None, before: Sequence[Message], items: Iterable[KnownItem]
-) -> tuple[Message, ...]:
+def conversation_of(before: Sequence[Message], items: Iterable[KnownItem]) -> tuple[Message, ...]:
     """What was said before, and the items: calls that follow one another are one turn's.
-
-    before: conversation of the previous response, without instructions.
 
     Raises ParameterError("input", ...) where calls and their outputs do not belong together.
     """
@@ -96,10 +92,16 @@ def conversation_of(
     for item in items:
         _append(messages, item)
     _check_calls(messages)
-    system: list[str] = [] if instructions is None else [instructions]
-    while messages and messages[0].role == "system":  # templates take one, where they take any
-        system.append(messages.pop(0).content)
-    return (Message("system", "\n\n".join(system)), *messages) if system else tuple(messages)
+    return tuple(messages)
+
+
+def with_instructions(instructions: str | None, said: Sequence[Message]) -> tuple[Message, ...]:
+    """Instructions and leading system messages as one: templates take one, where they take any."""
+    num_leading = next((i for i, m in enumerate(said) if m.role != "system"), len(said))
+    system = [message.content for message in said[:num_leading]]
+    if instructions is not None:
+        system.insert(0, instructions)
+    return (Message("system", "\n\n".join(system)), *said[num_leading:]) if system else tuple(said)
 
 
 def text_of(content: str | Sequence[TextPart]) -> str:

@@ -3,10 +3,19 @@
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
-from serving.api.responses.items import FunctionCallItem, Item, ItemReference, KnownItem, MessageItem
+from serving.api.responses.items import (
+    FunctionCallItem,
+    Item,
+    ItemReference,
+    KnownItem,
+    MessageItem,
+    conversation_of,
+)
 from serving.api.responses.objects import OutputItem, OutputMessage, Response
+from serving.api.responses.requests import ResponseRequest
 from serving.api.responses.store import ResponseStore, StoredResponse
 from serving.errors import ApiError
+from serving.tools import Message
 
 _IS_ID = re.compile(r"resp_[A-Za-z0-9-]+_[0-9a-f]{32}")
 
@@ -33,8 +42,17 @@ class KeptResponses:
     async def pop(self, response_id: str, owner: str | None) -> StoredResponse | None:
         return self.store.pop(response_id, owner) or await self._ask(response_id, owner, forget=True)
 
-    async def previous(self, response_id: str, owner: str | None) -> StoredResponse:
-        """Raises ApiError 400 where it is not kept."""
+    async def conversation(self, body: ResponseRequest, owner: str | None) -> tuple[Message, ...]:
+        """The previous response's, where there is one, and the request's items.
+
+        Raises ApiError 400 or 404 for what is not kept, ParameterError for calls and outputs that do not fit.
+        """
+        before: tuple[Message, ...] = ()
+        if body.previous_response_id is not None:
+            before = (await self._previous(body.previous_response_id, owner)).conversation
+        return conversation_of(before, await self._known(body.items, owner))
+
+    async def _previous(self, response_id: str, owner: str | None) -> StoredResponse:
         if (stored := await self.get(response_id, owner)) is not None:
             return stored
         raise ApiError(
@@ -46,8 +64,8 @@ class KeptResponses:
             code="previous_response_not_found",
         )
 
-    async def known(self, items: Sequence[Item], owner: str | None) -> list[KnownItem]:
-        """The items, references replaced by what they refer to. Raises ApiError 404."""
+    async def _known(self, items: Sequence[Item], owner: str | None) -> list[KnownItem]:
+        """The items, references replaced by what they refer to."""
         return [
             await self._referred(item.id, owner) if isinstance(item, ItemReference) else item
             for item in items

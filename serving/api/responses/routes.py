@@ -8,9 +8,9 @@ from fastapi import Response as HttpResponse
 from engine import InferenceEngine, ParameterError
 from serving.api.chat_job import chat_job
 from serving.api.generation import Job, Presenter, respond
-from serving.api.responses.items import conversation_of
+from serving.api.responses.items import with_instructions
 from serving.api.responses.kept import AskPeers, KeptResponses
-from serving.api.responses.objects import DeletedResponse, Response
+from serving.api.responses.objects import DeletedResponse, InputTokens, Response
 from serving.api.responses.presenter import ResponsePresenter
 from serving.api.responses.requests import ResponseRequest
 from serving.api.responses.store import StoredResponse
@@ -36,18 +36,14 @@ def responses_router(
         is_kept = body.store is not False and kept.store.settings.max_count > 0
 
         async def prepare(engine: InferenceEngine) -> tuple[Job, Presenter]:
-            before: tuple[Message, ...] = ()
-            if body.previous_response_id is not None:
-                before = (await kept.previous(body.previous_response_id, owner)).conversation
-            items = await kept.known(body.items, owner)
-            messages = conversation_of(body.instructions, before, items)
-            job, plan = await _job(engine, body, messages, kept.id_prefix)
+            said = await kept.conversation(body, owner)
+            job, plan = await _job(engine, body, said, kept.id_prefix)
+            _check_room(job, engine.model.max_model_len)
 
             def keep(response: Response, answer: Message) -> None:
                 if is_kept:
-                    said = (*conversation_of(None, before, items), answer)
                     text = response.model_dump_json().encode()
-                    kept.store.put(StoredResponse(response.id, owner, text, said))
+                    kept.store.put(StoredResponse(response.id, owner, text, (*said, answer)))
 
             return job, ResponsePresenter(_begun(body, job, is_kept=is_kept), plan, keep)
 
@@ -61,6 +57,15 @@ def responses_router(
             service_tier=body.service_tier,
             prepare=prepare,
         )
+
+    @router.post("/v1/responses/input_tokens", responses=documented)
+    async def count_input_tokens(request: Request, body: ResponseRequest) -> InputTokens:
+        """How many tokens the same request to /v1/responses would read."""
+        state.check_model(body.model)
+        request.state.visit.check_model(body.model)
+        said = await kept.conversation(body, request.state.visit.tenant)
+        job, _ = await _job(state.engine, body, said, kept.id_prefix)
+        return InputTokens(input_tokens=len(job.prompts[0]))
 
     @router.get("/v1/responses/{response_id}", response_model=Response, responses=documented)
     async def retrieve_response(request: Request, response_id: str) -> HttpResponse:
@@ -82,12 +87,13 @@ def responses_router(
 
 
 async def _job(
-    engine: InferenceEngine, body: ResponseRequest, messages: tuple[Message, ...], id_prefix: str
+    engine: InferenceEngine, body: ResponseRequest, said: tuple[Message, ...], id_prefix: str
 ) -> tuple[Job, ChatPlan]:
+    """said: the conversation without instructions."""
     try:
-        job, plan = await chat_job(
+        return await chat_job(
             engine,
-            messages,
+            with_instructions(body.instructions, said),
             body.sampling_params(),
             body.definitions,
             body.choice,
@@ -99,7 +105,10 @@ async def _job(
         if error.field.startswith("messages"):
             raise ParameterError("input", error.message) from None
         raise
-    limit, num_tokens = engine.model.max_model_len, len(job.prompts[0])
+
+
+def _check_room(job: Job, limit: int) -> None:
+    num_tokens = len(job.prompts[0])
     if num_tokens >= limit:
         raise ApiError(
             400,
@@ -107,7 +116,6 @@ async def _job(
             param="input",
             code="context_length_exceeded",
         )
-    return job, plan
 
 
 def _begun(body: ResponseRequest, job: Job, *, is_kept: bool) -> Response:

@@ -142,6 +142,16 @@ async def test_before_the_first_event_a_failure_is_an_error():
     assert error.value.status_code == 503
 
 
+async def test_input_tokens_are_counted_without_an_answer():
+    engine = ScriptedEngine(["never said"])
+    async with client_of(engine) as (client, state):
+        counted = await client.responses.input_tokens.count(model="m", input="Hi", instructions="A.")
+        assert len(state.responses) == 0
+    assert (counted.input_tokens, counted.object) == (20, "response.input_tokens")
+    assert [m["role"] for m in engine.messages] == ["system", "user"]
+    assert engine.params is None
+
+
 async def test_items_become_a_conversation():
     engine = ScriptedEngine(["ok"])
     await ask(
