@@ -129,7 +129,7 @@ class ChatCompletionRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _tools_and_results_fit(self) -> "ChatCompletionRequest":
-        self.conversation and self.choice  # noqa: B018  (both raise what is wrong)
+        _ = self.conversation, self.choice  # each raises what is wrong with it
         return self
 
     @cached_property

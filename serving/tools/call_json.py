@@ -17,6 +17,7 @@ _HEAD = re.compile(
 """A call in the usual order of its members: from here on arguments can be streamed."""
 
 _BEGINNING = '{"name":'
+_BEGINNING_CHARS = 100  # white space included
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ class CallObject:
         return self._arguments_end is not None
 
     def _may_be_usual(self) -> bool:
-        begun = re.sub(r"\s+", "", self.raw)
+        begun = re.sub(r"\s+", "", self.raw[:_BEGINNING_CHARS])
         return begun.startswith(_BEGINNING) or _BEGINNING.startswith(begun)
 
     def _more(self, text: str) -> str:

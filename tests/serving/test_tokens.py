@@ -31,11 +31,22 @@ async def test_a_conversation_with_and_without_the_assistants_turn(make_client, 
     assert engine.detokenize(open_turn[len(closed) :]) == "<|im_start|>assistant\n"
 
 
+async def test_a_conversation_with_tools_counts_what_a_request_with_them_reads(make_client):
+    tools = [{"type": "function", "function": {"name": "f", "description": "Does what f does."}}]
+    async with make_client() as client:
+        counted = (await client.post("/tokenize", json={"messages": HELLO, "tools": tools})).json()["count"]
+        without = (await client.post("/tokenize", json={"messages": HELLO})).json()["count"]
+        body = {"model": MODEL, "messages": HELLO, "tools": tools, "max_tokens": 1}
+        usage = (await client.post("/v1/chat/completions", json=body)).json()["usage"]
+    assert usage["prompt_tokens"] == counted > without
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": HELLO}, "prompt"),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
         ("/tokenize", {"prompt": 1}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"messages": HELLO, "add_special_tokens": True}, "add_special_tokens"),
