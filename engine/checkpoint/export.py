@@ -71,9 +71,7 @@ def export_floats(source: Path, out: Path, dtype: str) -> Exported:
     checkpoint, kind = HfCheckpoint(source), _dtype(dtype)
     _prepare(source, out)
     units = list(_units(checkpoint))
-    total = (
-        sum(checkpoint.tensor(n, keep_packed=False).numel() for u in units for n in u.names) * kind.itemsize
-    )
+    total = sum(t.nbytes for u in units for t in _floats(checkpoint, u, kind).values())
     written = write_tensors(out, (_floats(checkpoint, u, kind) for u in units), total)
     _write_config(source, out, dtype, None)
     return Exported({}, sum(u.is_linear for u in units), written)

@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM
 import kernels
 from deploy.bench.foreign_checkpoints import Scheme, write_gptq
 from deploy.bench.interchange import decompressed, exact_values
+from deploy.bench.parity.models import MODELS, save
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.export import export_compressed_tensors, export_floats
 from engine.errors import ParameterError
+from engine.quantization.pipeline import Options, quantize
+from engine.quantization.search import Budget
 from tests.engine.helpers import save_random_llama
 from tests.engine.packed_models import pack_checkpoint, packed_gemma, packed_llama
 from tests.engine.test_parity import our_logits
@@ -136,6 +139,29 @@ def test_what_came_from_elsewhere_goes_out_again(tmp_path, scheme):
     export_compressed_tensors(tmp_path / "q", tmp_path / "out", "float32")
     for name, weight in decompressed(tmp_path / "out").items():
         assert torch.equal(weight.float(), twin[name])
+
+
+@pytest.mark.parametrize("family", ["Phi-3 mini", "Mixtral", "Gemma 3"])
+def test_families_go_out_under_their_own_names(tmp_path, family):
+    """Fused projections whole, experts one by one, and both forms load in transformers."""
+    small = next(m for m in MODELS if m.name == family)
+    save(small.build(), tmp_path / "m")
+    options = Options(Budget(bits=6.0), (4, 8), 4, 2, window=32, is_symmetric=True)
+    documents = [" ".join(f"w{(i * i + j) % 190}" for i in range(400)) for j in range(3)]
+    quantize(tmp_path / "m", tmp_path / "q", options, documents)
+    export_floats(tmp_path / "q", tmp_path / "floats", "float32")
+    export_compressed_tensors(tmp_path / "q", tmp_path / "packed", "float32")
+    tokens = torch.arange(100)  # longer than what the small models' scaled rotary embeddings were trained for
+    with torch.inference_mode():
+        expected = our_logits(tmp_path / "q", tokens)
+        torch.testing.assert_close(our_logits(tmp_path / "packed", tokens), expected, atol=1e-3, rtol=0)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32)
+        torch.testing.assert_close(model(tokens[None]).logits[0], expected, atol=1e-3, rtol=0)
+        model.load_state_dict(
+            {n: w.float() for n, w in decompressed(tmp_path / "packed").items() if n in model.state_dict()},
+            strict=False,
+        )
+        torch.testing.assert_close(model(tokens[None]).logits[0], expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
