@@ -55,10 +55,7 @@ class ChatPresenter:
         if parser is None:
             parser = self._parsers[output.index] = self._plan.parser()
             chunk = self._chunk(output.index, '{"role":"assistant","content":""}')
-        events = parser.feed(output.text)
-        if output.finish_reason is not None:
-            events += parser.finish()
-        deltas = [delta for e in events if (delta := _delta(e))]
+        deltas = self._deltas(parser, output)
         logprobs = "null"
         if output.logprobs is not None:
             logprobs = chat_logprobs(output.logprobs).model_dump_json()
@@ -80,6 +77,14 @@ class ChatPresenter:
 
     def failure(self, error: ApiError) -> bytes:
         return error_event(error) + DONE
+
+    def _deltas(self, parser: ToolCallParser, output: RequestOutput) -> list[str]:
+        if not self._plan.callable_names:  # all is text, as the parser would find in three times the time
+            return [_content(output.text)] if output.text else []
+        events = parser.feed(output.text)
+        if output.finish_reason is not None:
+            events += parser.finish()
+        return [delta for e in events if (delta := _delta(e))]
 
     def _choice(self, index: int, choice: CollectedChoice) -> ChatChoice:
         answer = self._plan.parser().parse(choice.text)
@@ -104,11 +109,15 @@ class ChatPresenter:
         ).encode()
 
 
+def _content(text: str) -> str:
+    return f'{{"content":{json.dumps(text)}}}'
+
+
 def _delta(event: ParserEvent) -> str:
     """The event as JSON; empty where a stream does not show it."""
     match event:
         case TextDelta(text):
-            return f'{{"content":{json.dumps(text)}}}'
+            return _content(text)
         case CallStart(index, call_id, name):
             function = f'{{"name":{json.dumps(name)},"arguments":""}}'
             call = f'{{"index":{index},"id":"{call_id}","type":"function","function":{function}}}'
