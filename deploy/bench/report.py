@@ -76,7 +76,7 @@ def _program() -> list[str]:
     """`peregrine`, or the module that runs by itself."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name if spec else "deploy.cli"
-    return ["peregrine"] if name == "deploy.cli" else ["python", "-m", name]
+    return ["peregrine"] if name == "deploy.cli" else ["python", "-m", name.removesuffix(".__main__")]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -57,11 +57,11 @@ def compare(path: Path, reference: PreTrainedModel) -> Agreement:
 
 
 @torch.inference_mode()
-def our_logits(checkpoint: Checkpoint, token_ids: Tensor) -> Tensor:
+def our_logits(checkpoint: Checkpoint, token_ids: Tensor, *, keep_packed: bool = False) -> Tensor:
     """float32 [T, vocab] for token_ids [T], in chunks and single tokens over the paged cache."""
     device = torch.device("cpu")
     model = build_model(
-        checkpoint, max_model_len=_MAX_MODEL_LEN, dtype=torch.float32, device=device, keep_packed=False
+        checkpoint, max_model_len=_MAX_MODEL_LEN, dtype=torch.float32, device=device, keep_packed=keep_packed
     )
     cache = KVCache.allocate(checkpoint.config, _NUM_BLOCKS, _BLOCK_SIZE, torch.float32, device)
     rows, begin = [], 0
