@@ -13,7 +13,9 @@ _NAME = VERSION_HEADER.decode()
 _VERSIONS = ("2023-06-01", "2026-10-21")
 
 
-async def check_version(version: Annotated[str | None, Header(alias=_NAME)] = None) -> None:
+async def check_version(
+    version: Annotated[str | None, Header(alias=_NAME, json_schema_extra={"enum": list(_VERSIONS)})] = None,
+) -> None:
     """Raises ApiError 400 for a version that is not served, and for none."""
     if version in _VERSIONS:
         return
