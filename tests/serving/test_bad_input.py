@@ -8,7 +8,7 @@ pytestmark = pytest.mark.model
 
 
 def test_the_table_is_large_and_its_names_are_unique():
-    assert len(CASES) >= 60
+    assert len(CASES) >= 100
     assert len({c.name for c in CASES}) == len(CASES)
 
 
