@@ -59,7 +59,10 @@ class PackedTensors:
     def read(self, name: str) -> kernels.PackedWeight:
         """Check and wrap a weight's bytes. Raises ValueError when they cannot be this weight."""
         data = self.read_raw(packed_name(name))
-        n, k = _shape(name, self.config)
+        shape = self.config.matrix_shape(name.removesuffix(".weight"))  # bytes alone do not tell
+        if shape is None:
+            raise ValueError(f"{name} is not a matrix of this architecture")
+        n, k = shape
         weight = kernels.PackedWeight(self.formats[name], n, k, data)
         _check_parameters(weight)
         return weight
@@ -85,26 +88,6 @@ def parse_formats(section: Mapping[str, Any]) -> dict[str, Format]:
         except ValueError as error:
             raise ModelLoadError(f"config: quantization_config.formats[{name!r}]: {error}") from None
     return parsed
-
-
-def _shape(name: str, config: ModelConfig) -> tuple[int, int]:
-    """[N, K] that the model's shape demands; packed bytes alone do not tell."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    shapes = {
-        "embed_tokens": (config.vocab_size, hidden),
-        "lm_head": (config.vocab_size, hidden),
-        "q_proj": (config.q_size, hidden),
-        "k_proj": (config.kv_size, hidden),
-        "v_proj": (config.kv_size, hidden),
-        "o_proj": (hidden, config.q_size),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    if module not in shapes:
-        raise ValueError(f"{name} is not a matrix of this architecture")
-    return shapes[module]
 
 
 def _check_parameters(weight: kernels.PackedWeight) -> None:
