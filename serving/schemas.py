@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from engine import ParameterError, SamplingParams
 from engine.sampling_params import MAX_N
+from serving.flushing import Flush
 from serving.schema_types import MAX_STOP, Strict, StrictBool, StrictFloat, StrictInt, one_of
 from serving.structured import StructuredFields
 
@@ -27,8 +28,11 @@ Prompt = Annotated[
 
 
 class StreamOptions(Strict):
+    """`flush`, an extension: where chunks end."""
+
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
+    flush: Flush = "token"
 
 
 class SamplingFields(StructuredFields):
@@ -53,6 +57,10 @@ class SamplingFields(StructuredFields):
     repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=10)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: StrictBool | None = None
+
+    @property
+    def flush(self) -> Flush:
+        return "token" if self.stream_options is None else self.stream_options.flush
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "SamplingFields":

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -32,7 +32,7 @@ def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]])
                 id_prefix="chatcmpl-",
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
             )
-            return job, ChatPresenter(job, plan)
+            return replace(job, flush=body.flush), ChatPresenter(job, plan)
 
         return await respond(
             request,

@@ -47,6 +47,7 @@ def completions_router(state: ReplicaState, responses: dict[int | str, dict[str,
                 created=int(time.time()),
                 fingerprint=f"peregrine-{package_version()}-{engine.model.weight_format}",
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
+                flush=body.flush,
             )
             echoed = []
             if body.echo:

@@ -1,6 +1,7 @@
 """What chat and completions have in common: admission, the deadline, collecting and streaming."""
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -20,6 +21,7 @@ from engine import (
 )
 from serving.dispatch.reporter import Flight, refusal_wait_s
 from serving.errors import ApiError, from_engine, overloaded
+from serving.flushing import Flush, flushed
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
 from serving.streaming import ClientGone, SseResponse, unless_client_leaves
@@ -44,6 +46,8 @@ class Job:
     fingerprint: str
     include_usage: bool
     pooling: PoolingParams | None = None
+    flush: Flush = "token"
+    """Where a stream's chunks end."""
 
     @property
     def max_output_tokens(self) -> int | None:
@@ -174,6 +178,8 @@ async def respond(
                 return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
             return Response(body.model_dump_json(), media_type="application/json")
         assert isinstance(presenter, Presenter), f"{operation} is not streamed"
+        if job.flush != "token":
+            outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
         try:
             first = await unless_client_leaves(request, anext(outputs), deadline)
         except ClientGone:
@@ -183,6 +189,13 @@ async def respond(
     # The stream outlives this function: it holds its own place among the requests in flight.
     chunks = _stream(state, outputs, first, presenter, deadline, flight, exchange)
     return SseResponse(chunks, state.guard, last_words=presenter.failure(from_engine(_KILLED)))
+
+
+def _began(made: Generation, flight: Flight | None, output: RequestOutput) -> None:
+    """Times are those of the engine's outputs, also where a client gets them later."""
+    made.began(output)
+    if flight is not None:
+        flight.first_token(time.monotonic())
 
 
 async def _collect(

@@ -41,11 +41,15 @@ class Generation:
     is_complete: bool = False
     """The answer was sent to its end."""
 
-    def note(self, output: RequestOutput) -> None:
-        """Take in an output; on the hot path, hence no clock after the first."""
+    def began(self, output: RequestOutput) -> None:
+        """The engine has given its first output; later calls do nothing."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
             self.first_scheduled_s = output.first_scheduled_s
+
+    def note(self, output: RequestOutput) -> None:
+        """Take in an output; on the hot path, hence no clock after the first."""
+        self.began(output)
         self.num_output_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self.finish_reasons.append(output.finish_reason)
