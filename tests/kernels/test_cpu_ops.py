@@ -68,15 +68,15 @@ def test_linear_of_zeros_and_extremes():
 
 @pytest.mark.parametrize("chunks", MIXED_STEPS)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (8, 1, 32), (16, 1, 128)])
-@pytest.mark.parametrize("window", [None, 20])
-def test_paged_attention(chunks, heads, kv_heads, dim, window):
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (20, 0.5)])
+def test_paged_attention(chunks, heads, kv_heads, dim, window, softcap):
     num_blocks = 120
     k, v = caches(num_blocks, kv_heads, dim, [(a + b, 0) for a, b in chunks])
     meta = step(chunks, num_blocks)
     query = torch.randn(len(meta.positions), heads, dim, generator=torch.Generator().manual_seed(3))
-    got = cpu.paged_attention(query, k, v, meta, dim**-0.5, window)
+    got = cpu.paged_attention(query, k, v, meta, dim**-0.5, window, softcap)
     clean = torch.nan_to_num(k).double(), torch.nan_to_num(v).double()
-    expected = reference.paged_attention(query.double(), *clean, meta, dim**-0.5, window)
+    expected = reference.paged_attention(query.double(), *clean, meta, dim**-0.5, window, softcap)
     assert relative_error(got, expected) < 1e-5
 
 
