@@ -60,6 +60,8 @@ class GgufCheckpoint:
     def tensor(self, name: str, *, keep_packed: bool) -> Tensor | kernels.PackedWeight:
         where = self._locate(name)
         tensor = self._get(where)
+        if (scale := where.name.removesuffix("weight") + "scale") in self._tensors:  # NVFP4 files have them
+            raise ModelLoadError(f"{self.path}: tensor {scale}: scales beside a weight are not supported")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         data = tensor.data
         if where.expert is not None:

@@ -26,7 +26,7 @@ PACKED = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0)
 DEQUANTIZED = (
     *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
     *(Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S),
-    *(Type.IQ4_NL, Type.IQ4_XS, Type.TQ1_0, Type.TQ2_0, Type.MXFP4),
+    *(Type.IQ4_NL, Type.IQ4_XS, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.NVFP4),
 )
 UNKNOWN = (Type.Q8_1, Type.Q8_K, Type.I8, Type.I32)
 SHAPES = {
@@ -144,9 +144,8 @@ def test_every_type_has_its_values_and_logits(tmp_path, kind):
         torch.testing.assert_close(our_logits(path, token_ids), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", UNKNOWN, ids=lambda k: k.name)
-def test_types_that_no_weight_has_are_refused_by_name(tmp_path, kind):
-    path = tmp_path / "model.gguf"
+def write_one(path: Path, kind: Type, *, has_scale: bool = False) -> None:
+    """A file with nothing but an embedding and one zero matrix."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
     writer.add_context_length(256)
@@ -156,12 +155,31 @@ def test_types_that_no_weight_has_are_refused_by_name(tmp_path, kind):
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tensor("token_embd.weight", np.zeros((VOCAB, HIDDEN), dtype=np.float32))
     size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-    writer.add_tensor(
-        "blk.0.ffn_down.weight", np.zeros((HIDDEN, FFN // size * num_bytes), dtype=np.uint8), raw_dtype=kind
-    )
+    raw = np.zeros((HIDDEN, FFN // size * num_bytes), dtype=np.uint8)
+    writer.add_tensor("blk.0.ffn_down.weight", raw, raw_dtype=kind)
+    if has_scale:
+        writer.add_tensor("blk.0.ffn_down.scale", np.ones(1, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", UNKNOWN, ids=lambda k: k.name)
+def test_types_that_no_weight_has_are_refused_by_name(tmp_path, kind):
+    write_one(tmp_path / "model.gguf", kind)
     with pytest.raises(ModelLoadError, match=rf"blk\.0\.ffn_down\.weight.*{kind.name}"):
-        open_checkpoint(path).tensor("model.layers.0.mlp.down_proj.weight", keep_packed=True)
+        open_checkpoint(tmp_path / "model.gguf").tensor(
+            "model.layers.0.mlp.down_proj.weight", keep_packed=True
+        )
+
+
+def test_a_scale_beside_a_weight_is_not_overlooked(tmp_path):
+    """llama.cpp multiplies by it; NVFP4 files have them."""
+    write_one(tmp_path / "model.gguf", Type.NVFP4, has_scale=True)
+    with pytest.raises(
+        ModelLoadError, match=r"blk\.0\.ffn_down\.scale: scales beside a weight are not supported"
+    ):
+        open_checkpoint(tmp_path / "model.gguf").tensor(
+            "model.layers.0.mlp.down_proj.weight", keep_packed=True
+        )
