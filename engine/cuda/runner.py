@@ -195,12 +195,15 @@ class CudaModelRunner:
             for n in range(MAX_TOKENS, 0, -1) if self.decode.has_layers else ():
                 for goes_on in (False, False, True):  # the first run of its kind is not captured
                     self.decode.run(0, n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
+                    self.decode.forward(0, n, goes_on=goes_on)
+                    self.decode.sample_masked(0, n, Mode.GREEDY, has_logprobs=False)
                 for lane in range(1, num_lanes + 1):  # a prompt's last few tokens, behind that many decodes
                     self.decode.run(lane, n, Mode.GREEDY, has_logprobs=False, goes_on=False)
             for n in range(num_lanes, 0, -1):
                 if self.batch.takes_rows(n * MAX_TOKENS):
                     for goes_on in (False, False, True):
                         self.batch.run(n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
+                        self.batch.run_masked(n, Mode.GREEDY, has_logprobs=False, goes_on=goes_on)
         if self._stream is not None:
             self._stream.synchronize()
 

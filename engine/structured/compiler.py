@@ -63,9 +63,6 @@ class GrammarCompiler:
         """A sequence's state at the grammar's beginning."""
         return GrammarState(compiled.deep_copy(), self._eos_token_ids)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     def _begin(self) -> "Future[LLTokenizer]":
         if self._vocabulary is None:
             self._vocabulary = self._threads.submit(self._load)

@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import re
 
 import pytest
 import pytest_asyncio
 
 from engine import (
+    Constraint,
     EngineConfig,
     EngineDeadError,
     ModelLoadError,
@@ -124,6 +126,21 @@ async def test_what_does_not_fit_the_model_is_named(engine):
         assert error.value.field == field
     with pytest.raises(PromptTooLongError):
         await collect(engine, [1] * 8192, GREEDY)
+
+
+async def test_answers_of_a_form(engine):
+    """Compiled here and in the core, which may be another process; each choice has a grammar of its own."""
+    prompt = await engine.tokenize_chat(FRANCE)
+    form = Constraint("regex", "[A-Z][a-z]{2,9}")
+    params = SamplingParams(temperature=1.0, seed=4, n=3, max_tokens=20, constraint=form)
+    texts, ends = await collect(engine, prompt, params)
+    assert all(re.fullmatch(form.value, text) for text in texts.values()), texts
+    assert {reason for reason, _, _ in ends.values()} == {"stop"}
+    for refused in (Constraint("regex", "a(", "guided_regex"), Constraint("json_schema", '{"not": {}}')):
+        with pytest.raises(ParameterError) as error:
+            await collect(engine, prompt, dataclasses.replace(params, constraint=refused))
+        assert error.value.field == refused.name
+    await settled(engine)
 
 
 async def test_a_killed_core_process_fails_its_requests(smollm2):
