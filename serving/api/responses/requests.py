@@ -11,7 +11,6 @@ from engine import Constraint, ParameterError, SamplingParams
 from serving.api.responses.items import Item, MessageItem
 from serving.api.responses.tools import Choice, Tools, choice_of, definitions_of
 from serving.schema_types import Strict, StrictBool, StrictFloat, StrictInt
-from serving.schemas import StreamOptions
 from serving.tools import ToolChoice, ToolDefinition
 
 
@@ -66,6 +65,12 @@ class Reasoning(Strict):
     effort: Literal["none"] | None = None
     summary: None = None
     generate_summary: None = None
+
+
+class StreamOptions(Strict):
+    """Deltas are not padded: who reads along learns their lengths."""
+
+    include_obfuscation: Literal[False] | None = None
 
 
 Metadata = Annotated[

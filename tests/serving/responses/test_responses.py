@@ -242,6 +242,11 @@ CALL_ITEM = {"type": "function_call", "call_id": "c1", "name": "weather", "argum
         ({"metadata": {"k" * 65: "v"}}, "metadata", "64"),
         ({"metadata": {str(i): "v" for i in range(17)}}, "metadata", "16"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", "stream is true"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "False",
+        ),
         ({"messages": []}, "messages", "Unrecognized"),
         ({"model": "gpt-4o"}, "model", "does not exist"),
     ],
