@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,6 +214,14 @@ def test_a_model_without_tokenizer_or_end_has_no_grammars(tmp_path):
     endless = GrammarCompiler(lambda: backend, VOCAB_SIZE, frozenset())
     with pytest.raises(GrammarsUnavailableError, match="end-of-sequence"):
         endless.compile(Constraint("json_object")).result(timeout=30)
+
+
+def test_without_the_library_the_error_says_so(model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    backend = open_checkpoint(model_dir).load_tokenizer().backend_tokenizer
+    grammars = GrammarCompiler(lambda: backend, VOCAB_SIZE + 1, frozenset({EOS}))
+    with pytest.raises(GrammarsUnavailableError, match="llguidance, which is not installed"):
+        grammars.compile(Constraint("json_object")).result(timeout=30)
 
 
 def test_compiled_grammars_are_kept_and_states_are_apart(grammars):
