@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -67,9 +68,12 @@ class RouterGroup:
         decision = self.routers[self._turn].route(request)
         if isinstance(decision, Decision):
             chosen, output = decision.replica_id, decision.expected_output_tokens
+            # Replicas say how many prompt tokens they have to compute.
+            own_tokens = max(1, request.prompt_tokens - decision.saved_tokens)
+            told = replace(request, prompt_tokens=own_tokens)
             for number, router in enumerate(self.routers):
                 if number != self._turn:
-                    self._tell(number, request.request_id, partial(router.adopt, request, chosen, output))
+                    self._tell(number, request.request_id, partial(router.adopt, told, chosen, output))
         return decision
 
     def first_token(self, request_id: str) -> bool:
