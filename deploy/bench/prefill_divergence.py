@@ -40,7 +40,7 @@ def measure(model: Path) -> dict[str, float]:
     row: dict[str, float] = {}
     for name, precision, length in (("fp8", "fp8", _LENGTH), ("packed", "bf16", DIRECT_TOKENS)):
         states = normed_states(weights, checkpoint.config, tokens, precision, length)  # type: ignore[arg-type]
-        d = compare(reference, head, states, head, tokens.to(device))
+        d = compare(states, head, reference, head, tokens.to(device), checkpoint.config.final_softcap)
         row[f"kl_{name}"] = float(d.kl.mean())
         row[f"same_top_1_{name}"] = float(d.agrees.float().mean())
         row[f"perplexity_{name}"] = float(d.nll.mean().exp())
