@@ -140,9 +140,9 @@ class AsyncEngine:
         in the prefix cache, so that it is computed once for all of them.
         """
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        prompt = self._check_prompt(prompt_token_ids, params, request_id)
         if params.constraint is not None:
             await self._check_constraint(params.constraint)
+        prompt = self._check_prompt(prompt_token_ids, params, request_id)
         stream: asyncio.Queue[_StreamItem] = asyncio.Queue()
         self._streams[request_id] = stream
         self._sequences[request_id] = set()

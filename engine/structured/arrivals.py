@@ -3,7 +3,6 @@
 import concurrent.futures
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError
 from engine.structured.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class ConstrainedArrivals:
             try:
                 request.grammar = self._grammars.start(compiled.result())
                 ready.append(request)
-            except EngineError as error:
+            except Exception as error:  # whatever is wrong with it or the tokenizer, the others go on
                 request.stop_reason = str(error)
                 refused.append(request)
         return ready, refused
