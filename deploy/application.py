@@ -129,7 +129,7 @@ def serve_config(config: PeregrineConfig, args: dict[str, Any]) -> dict[str, Any
             "host": "0.0.0.0",
             "port": cluster.port,
             # The app's own deadline comes first and answers in the API's form; this one is the backstop.
-            "request_timeout_s": ray_environment.drain_s(config),
+            "request_timeout_s": ray_environment.backstop_s(config),
         },
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [

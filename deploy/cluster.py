@@ -142,7 +142,7 @@ def deploy(
             "host": cluster.host,
             "port": cluster.port,
             # The app's own deadline comes first and answers in the API's form; this one is the backstop.
-            "request_timeout_s": ray_environment.drain_s(config),
+            "request_timeout_s": ray_environment.backstop_s(config),
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )

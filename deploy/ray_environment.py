@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.config import ClusterSettings, PeregrineConfig
+from serving.websockets.settings import MAX_SESSION_S
 
 LOOPBACK = "127.0.0.1"
 HAPROXY_METRICS_PORT = 9101
@@ -19,6 +20,13 @@ DRAIN_MARGIN_S = 30.0
 def drain_s(config: PeregrineConfig) -> float:
     """How long whoever leaves waits for the streams it has: the longest one allowed."""
     return config.serving.request_timeout_s + DRAIN_MARGIN_S
+
+
+def backstop_s(config: PeregrineConfig) -> float:
+    """When Serve ends what has not ended by itself: a WebSocket, which is one request to it, and on that the
+    longest stream.
+    """
+    return MAX_SESSION_S + drain_s(config)
 
 
 def prepare(config: PeregrineConfig, temporary: Path) -> bool:

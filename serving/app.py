@@ -19,6 +19,7 @@ from serving.state import ReplicaState, package_version
 from serving.status.board import Peers, StatusBoard
 from serving.status.routes import status_router
 from serving.tenants.routes import usage_router
+from serving.websockets.door import WebSocketDoor
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
@@ -57,5 +58,6 @@ def create_app(
     if state.settings.status_page:
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
+    app.add_middleware(WebSocketDoor, state=state)
     app.state.replica = state
     return app

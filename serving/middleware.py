@@ -6,16 +6,16 @@ Pure ASGI: Starlette's BaseHTTPMiddleware would put a task and a queue between t
 
 import asyncio
 import functools
-import hmac
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.anthropic.errors import anthropic_response, speaks_anthropic
+from serving.callers import Callers
 from serving.dispatch.headers import DECIDED, PEREGRINE_ROUTE, ROUTE
 from serving.dispatch.reporter import Flight
 from serving.errors import ApiError, from_engine
@@ -26,7 +26,6 @@ from serving.tenants.visit import Visit
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _INSANE = re.compile(rb"[^A-Za-z0-9._-]")
 _TRACE_HEADERS = ("traceparent", "tracestate")
-_NEEDS_KEY = ("/v1", "/tokenize", "/detokenize")
 
 
 class FrontDoor:
@@ -46,7 +45,7 @@ class FrontDoor:
         self._state = state
         self._settings = state.settings
         self._recorder = state.recorder
-        self._keys = tuple(key.encode() for key in state.settings.api_keys)
+        self._callers = Callers(state)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,10 +54,10 @@ class FrontDoor:
         arrival = time.monotonic()
         headers = dict(scope["headers"])
         flight = self._flight(headers, arrival)
-        request_id = _request_id(headers)
+        request_id = request_id_of(headers)
         exchange = Exchange(request_id.decode(), scope["method"], arrival, replica=self._state.replica)
         exchange.status = 500  # until an answer begins
-        exchange.trace_headers = _decoded(headers, _TRACE_HEADERS)
+        exchange.trace_headers = trace_headers_of(headers)
         if flight is not None:
             exchange.routing = _decoded(headers, (ROUTE, DECIDED))
         is_anthropic = speaks_anthropic(scope["path"], headers)
@@ -86,7 +85,7 @@ class FrontDoor:
             await send(message)
 
         try:
-            state["visit"] = visit = self._visit(scope["path"], headers, exchange)
+            state["visit"] = visit = self._callers.visit(scope["path"], headers, exchange)
             self._check_length(headers)
             await self._app(scope, self._limited(receive), send_noting_status)
         except ApiError as error:
@@ -130,31 +129,6 @@ class FrontDoor:
         text = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers.items()}
         return self._state.links.flight(text, arrival)
 
-    def _visit(self, path: str, headers: dict[bytes, bytes], exchange: Exchange) -> Visit:
-        """Raises ApiError 401 without a key that is known, where keys are asked for."""
-        gate = self._state.gate
-        if not (self._keys or gate) or not path.startswith(_NEEDS_KEY):
-            return Visit()
-        given = _key(headers)
-        if not given:
-            raise ApiError(
-                401,
-                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        # Every key is compared, so that the time taken says nothing about which one came close.
-        if sum(hmac.compare_digest(given, key) for key in self._keys):
-            return Visit()
-        if gate is not None and (visit := gate.visit(given, exchange)) is not None:
-            return visit
-        raise ApiError(
-            401,
-            "Incorrect API key provided.",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
@@ -179,17 +153,7 @@ class FrontDoor:
         return ApiError(413, f"The body is larger than the limit of {limit} bytes.", code="request_too_large")
 
 
-def _key(headers: dict[bytes, bytes]) -> bytes:
-    """OpenAI's clients send a bearer token, Anthropic's also `x-api-key`, which counts where both are; empty
-    without either.
-    """
-    if own := headers.get(b"x-api-key", b"").strip():
-        return own
-    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    return token.strip() if scheme.lower() == b"bearer" else b""
-
-
-def _request_id(headers: dict[bytes, bytes]) -> bytes:
+def request_id_of(headers: Mapping[bytes, bytes]) -> bytes:
     """The client's, or one that stands in its place: it goes into log lines."""
     given = headers.get(b"x-request-id", b"")
     if not given:
@@ -197,5 +161,10 @@ def _request_id(headers: dict[bytes, bytes]) -> bytes:
     return given if _SANE_ID.fullmatch(given) else _INSANE.sub(b"_", given)[:64]
 
 
-def _decoded(headers: dict[bytes, bytes], names: tuple[str, ...]) -> dict[str, str]:
+def trace_headers_of(headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    """W3C trace context, where there is one."""
+    return _decoded(headers, _TRACE_HEADERS)
+
+
+def _decoded(headers: Mapping[bytes, bytes], names: tuple[str, ...]) -> dict[str, str]:
     return {name: headers[key].decode("latin-1") for name in names if (key := name.encode()) in headers}

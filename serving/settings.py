@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from monitoring.exporter import MetricsSettings
 from serving.tiers import TIERS, Tier
+from serving.websockets.settings import WebSocketSettings
 
 
 class ResponseStoreSettings(BaseModel):
@@ -48,6 +49,8 @@ class ServingSettings(BaseModel):
 
     responses: ResponseStoreSettings = ResponseStoreSettings()
     """What `previous_response_id` may go on from."""
+    websocket: WebSocketSettings = WebSocketSettings()
+    """Connections of clients that interrupt answers."""
     metrics: MetricsSettings = MetricsSettings()
     """Addresses for Prometheus, one of each replica and router."""
 

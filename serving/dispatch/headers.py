@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine import MAX_PRIORITY
 from serving.routing import Decision
 
+ROUTER_PREFIX = "x-serve-router-"
 FLIGHT = "x-serve-router-flight"
 """The request's id in the router's books."""
 REPLY_TO = "x-serve-router-reply-to"

@@ -115,11 +115,14 @@ class RouterLinks:
         self._links[address] = _Link(address, self._hello, self._report, known)
 
     def flight(self, headers: Mapping[str, str], arrival_s: float) -> Flight | None:
-        """None for a request that no router sent."""
+        """None for a request that is in no router's books. One without an address to report to is told to the
+        routers that are known.
+        """
         flight_id, reply_to = headers.get(FLIGHT), headers.get(REPLY_TO)
-        if not flight_id or not reply_to:
+        if not flight_id:
             return None
-        self.connect(reply_to)
+        if reply_to:
+            self.connect(reply_to)
         size = read_size(headers.get(SIZE, ""))
         arrived = Arrived(flight_id, *size, read_prefixes(headers.get(PREFIXES, "")))
         flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)

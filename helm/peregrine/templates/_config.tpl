@@ -68,7 +68,7 @@
 {{- $deployments = append $deployments (dict "name" "RequestRouter" "user_config" (dict "target_replicas" $target)) }}
 {{- end }}
 {{- $_ := set $application "deployments" $deployments }}
-{{- $http := dict "host" "0.0.0.0" "port" $cluster.port "request_timeout_s" (addf $config.serving.request_timeout_s 30) }}
+{{- $http := dict "host" "0.0.0.0" "port" $cluster.port "request_timeout_s" (addf $config.serving.request_timeout_s 3630) }}
 {{- $logging := dict "log_level" "WARNING" "enable_access_log" false }}
 {{- toYaml (dict "proxy_location" "EveryNode" "http_options" $http "logging_config" $logging "applications" (list $application)) }}
 {{- end }}

@@ -9,6 +9,8 @@ from monitoring import Recorder
 from serving.dispatch.headers import FLIGHT, REPLY_TO, ROUTE
 from serving.dispatch.listener import Listener
 from serving.dispatch.reporter import RouterLinks, refusal_wait_s
+from serving.dispatch.unrouted import unrouted_headers
+from serving.tiers import TIERS
 from tests.serving.dispatch.helpers import BODY, hello, is_empty, make_dispatcher, report
 
 DEADLINE_S = 10.0
@@ -44,6 +46,20 @@ async def test_events_reach_the_books(pair):
     flight.ended("finished", 4)
     flight.ended("failed")
     await until(lambda: is_empty(dispatcher))
+
+
+async def test_requests_that_no_router_sent_are_in_its_books_too(pair):
+    dispatcher, links, _ = pair
+    assert links.flight({}, 0.0) is None
+    links.connect(dispatcher.reply_to)
+    body = json.dumps({"prompt": "word " * 400, "max_tokens": 9, "service_tier": "voice"}).encode()
+    flight = links.flight(unrouted_headers(body, TIERS), 0.0)
+    await until(lambda: dispatcher.counters()["in_flight"] == 1)
+    counters = dispatcher.counters()
+    assert (counters["pending_prefill"], counters["expected_output"]) == (500, 9)
+    # The next one with this beginning is sent there for what it saves.
+    assert "saved-tokens" in dispatcher.route(body, len(body)).headers[ROUTE]
+    flight.ended("finished", 3)
 
 
 async def test_a_replica_that_goes_takes_its_requests_along(pair):
