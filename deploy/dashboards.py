@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from deploy.terminal import fail
 
 _FOLDER_UID, _FOLDER_TITLE = "peregrine", "Peregrine"
 _SOURCE_UID, _SOURCE_NAME = "peregrine-prometheus", "Peregrine Prometheus"
 
 app = typer.Typer(no_args_is_help=True, help="Grafana dashboards.")
-_console = Console(stderr=True)
 
 
 @app.command()
@@ -27,7 +27,7 @@ def export(directory: Annotated[Path, typer.Argument(help="Is made where it is n
             path.write_text(json.dumps(build(spec), indent=2) + "\n", encoding="utf-8")
             print(path)
     except OSError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
 
 
 @app.command()
@@ -60,13 +60,8 @@ def push(
             dashboard = build(spec, _SOURCE_UID if prometheus is not None else None)
             _say("dashboard", spec.title, grafana.ensure_dashboard(dashboard, _FOLDER_UID))
     except GrafanaError as error:
-        raise _fail(f"Grafana at {url}: {error}") from None
+        raise fail(f"Grafana at {url}: {error}") from None
 
 
 def _say(what: str, name: str, changed: bool) -> None:
     print(f"{'saved   ' if changed else 'as it is'}  {what}  {name}")
-
-
-def _fail(message: str) -> typer.Exit:
-    _console.print(f"[bold red]peregrine:[/] {message}", highlight=False, soft_wrap=True)
-    return typer.Exit(1)

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from deploy.terminal import console, fail
 
 _TIMEOUT_S = 10.0
 
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
-_console = Console(stderr=True, soft_wrap=True)
 
 
 @keys.callback()
@@ -33,9 +33,11 @@ def new(
         TypeAdapter(TenantName).validate_python(tenant)
     except ValidationError:
         allowed = "up to 63 lower-case letters, digits, '.', '_' and '-'"
-        raise _fail(f"--tenant: must be {allowed}, got {tenant!r}") from None
+        raise fail(f"--tenant: must be {allowed}, got {tenant!r}") from None
     key = new_key()
-    _console.print(f"The key of {tenant}, shown this once: {key}", highlight=False, markup=False)
+    console.print(
+        f"The key of {tenant}, shown this once: {key}", highlight=False, markup=False, soft_wrap=True
+    )
     members = {tenant: {"keys": [hash_key(key.encode())]}}
     print(yaml.safe_dump({"tenants": {"members": members}}, sort_keys=False), end="")
 
@@ -62,11 +64,11 @@ def usage(
             url, params={"format": "csv" if csv else "json"}, headers=headers, timeout=_TIMEOUT_S
         )
     except httpx.HTTPError as error:
-        raise _fail(f"{url}: {error}") from None
+        raise fail(f"{url}: {error}") from None
     if answer.status_code == 404:
-        raise _fail(f"{url}: this server has no tenants")
+        raise fail(f"{url}: this server has no tenants")
     if answer.is_error:
-        raise _fail(f"{url}: {answer.json()['error']['message']}")
+        raise fail(f"{url}: {answer.json()['error']['message']}")
     if csv:
         sys.stdout.write(answer.text)
         return
@@ -75,8 +77,3 @@ def usage(
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-
-
-def _fail(message: str) -> typer.Exit:
-    _console.print(f"[bold red]peregrine:[/] {escape(message)}", highlight=False)
-    return typer.Exit(1)
