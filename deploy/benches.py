@@ -148,7 +148,7 @@ def bench_kernels(
 
 @app.command("engine")
 def bench_engine(
-    shape: Annotated[str, typer.Option(help="8b, 70b, 123b or 180b.")] = "8b",
+    shape: Annotated[str, typer.Option(help="3.8b, 8b, 14b, 70b, 123b or 180b.")] = "8b",
     bits: Annotated[float, typer.Option(help="Bits a weight of the layers.")] = 4.25,
     batch: Annotated[str, typer.Option(help="Comma-separated.")] = "1,4,16",
     prompt: Annotated[str, typer.Option(help="Comma-separated prompt lengths for TTFT.")] = "128,512",

@@ -306,7 +306,7 @@ def export(
 
 @app.command()
 def sizing(
-    model: Annotated[str, typer.Argument(help="8b, 70b, 123b, 180b, or a config.json or its directory.")],
+    model: Annotated[str, typer.Argument(help="3.8b, 8b, 14b, 70b, 123b, 180b, or a config.json.")],
     bits: Annotated[str, typer.Option(help="Comma-separated, of the layers' weights.")] = "2.125,3.25,4.25,8",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:

@@ -7,9 +7,17 @@ At 64 streams of 230 tokens a second the last would measure itself.
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class RefusedError(RuntimeError):
+    """The server answered 429: it was asked for more than it promises."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,10 +52,14 @@ async def complete(
     prompt: str | list[int],
     max_tokens: int,
     timeline: Timeline,
+    *,
+    fields: Mapping[str, Any] = _NOTHING,
+    headers: Mapping[str, str] = _NOTHING,
 ) -> None:
     """A greedy completion of exactly so many tokens, noted on the timeline as it comes.
 
-    Raises RuntimeError for an answer that is an error.
+    fields: of the request's body, further ones or others. Raises RefusedError for 429, RuntimeError for
+    another answer that is an error.
     """
     body = {
         "model": model,
@@ -57,8 +69,11 @@ async def complete(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **fields,
     }
-    async with session.post(f"{url}/v1/completions", json=body) as response:
+    async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
+        if response.status == 429:
+            raise RefusedError(await response.text())
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
         async for line in response.content:

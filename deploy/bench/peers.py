@@ -98,6 +98,7 @@ def together(timelines: Sequence[Timeline]) -> dict[str, float]:
     tok_s = num_tokens / (end - begin)
     return {
         "itl_ms": 1e3 * len(timelines) / tok_s,
+        "itl_ms_p50": report.percentile(gaps, 0.5) if gaps else 0.0,
         "itl_ms_p99": report.percentile(gaps, 0.99) if gaps else 0.0,
         "tok_s": tok_s,
     }
