@@ -23,6 +23,8 @@ GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER = 1001, 1008, 1013
 # After a request that ended so, the next one would fare no better here.
 _CLOSE_AFTER = {401: (POLICY_VIOLATION, "the key is not valid"), 503: (TRY_AGAIN_LATER, "connect again")}
 _MAX_REFUSED = 32
+# A client that reads nothing for so long is treated as one that has left.
+_SEND_TIMEOUT_S = 30.0
 # A longer frame is a request.
 _MAX_CONTROL_CHARS = 256
 # Of the handshake, or said anew for each request.
@@ -74,6 +76,7 @@ class Session:
         self._idle_since = clock()
         self._num_requests = 0
         self._num_refused = 0
+        self._has_left = False
         self._running: _Request | None = None
 
     async def run(self) -> None:
@@ -104,6 +107,8 @@ class Session:
                     if self._num_refused > _MAX_REFUSED:
                         await self._close(POLICY_VIOLATION, "too many frames that are refused")
                         return
+                if self._has_left:
+                    return
         finally:
             running = None if self._running is None else self._running.task
             tasks = [task for task in (receiving, running) if task is not None]
@@ -202,8 +207,15 @@ class Session:
         await self._send(error_frame(error))
 
     async def _send(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the client has left: `run` reads that next
-            await self._asgi_send({"type": "websocket.send", "text": text})
+        if self._has_left:
+            return
+        try:
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await self._asgi_send({"type": "websocket.send", "text": text})
+        except OSError:  # TimeoutError among them
+            self._has_left = True
+            if self._running is not None:
+                self._running.task.cancel()
 
     async def _close(self, code: int, reason: str) -> None:
         with contextlib.suppress(OSError):

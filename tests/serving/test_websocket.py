@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 import uvicorn
+from starlette.types import ASGIApp
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -19,10 +20,12 @@ from serving.app import create_app
 from serving.settings import ServingSettings
 from serving.state import ReplicaState
 from serving.telemetry.exchange import Exchange
+from serving.websockets import session
 from tests.timed_engine import Speed, TimedEngine
 
 KEY = "sk-of-the-operator"
 HELLO = [{"role": "user", "content": "hello there"}]
+ENDLESS = {"model": "double", "messages": HELLO, "max_tokens": 5000, "ignore_eos": True, "stream": True}
 STEP_S = 0.01
 TIMEOUT_S = 10.0
 
@@ -33,6 +36,7 @@ class Server:
     state: ReplicaState
     url: str
     uvicorn: uvicorn.Server
+    app: ASGIApp
     exchanges: list[Exchange] = field(default_factory=list)
 
     def connect(self, path: str = "/v1/chat/completions", **options: Any) -> connect:
@@ -44,11 +48,12 @@ async def serving(**settings: Any) -> AsyncIterator[Server]:
     engine = TimedEngine("double", Speed(base_s=STEP_S, per_active_s=0.0, prefill_token_s=1e-5))
     state = ReplicaState(ServingSettings(**settings), Recorder(), replica="r0")
     state.ready(engine)
-    server = uvicorn.Server(uvicorn.Config(create_app(state), port=0, log_level="error", lifespan="off"))
+    app = create_app(state)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     running = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    one = Server(engine, state, f"ws://127.0.0.1:{port}", server)
+    one = Server(engine, state, f"ws://127.0.0.1:{port}", server, app)
     state.observers.append(one.exchanges.append)
     try:
         yield one
@@ -230,6 +235,30 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not():
         await ask(socket, max_tokens=100, stream=True)
         assert (await rest(socket))[-1]["status"] == "completed"
         assert await close_code(socket) == 1001
+
+
+async def test_a_client_that_does_not_read_is_left(server, monkeypatch):
+    monkeypatch.setattr(session, "_SEND_TIMEOUT_S", 0.2)
+    messages = iter(
+        [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": json.dumps(ENDLESS)}]
+    )
+    num_sent = 0
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def send(_: object) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent > 5:
+            await asyncio.Event().wait()
+
+    path = "/v1/chat/completions"
+    scope = {"type": "websocket", "path": path, "headers": [], "subprotocols": [], "scheme": "ws"}
+    async with asyncio.timeout(TIMEOUT_S):
+        await server.app(scope, receive, send)
+    assert server.exchanges[-1].outcome == "aborted"
+    assert (server.engine.stats().num_running, server.state.admission.num_inflight) == (0, 0)
 
 
 async def test_a_failing_engine_ends_the_request_and_then_the_connection(server):
