@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from starlette.datastructures import Headers
 from starlette.types import Message
+from websockets.frames import Close, Frame, Opcode
 
 from serving.errors import ApiError
 from serving.telemetry.exchange import Generation
@@ -62,6 +63,14 @@ class ResponseFrames:
     def limits(self) -> dict[str, str]:
         """What the response's headers say of the caller's limits."""
         return {name: value for name, value in self._headers.items() if name.startswith(_LIMIT_HEADERS)}
+
+
+def last_words(error: ApiError, request_id: str, code: int) -> bytes:
+    """A request's and its connection's last frames, as bytes: for whoever ends it in the server's place."""
+    texts = (error_frame(error), done_frame(request_id, "failed", None, {}))
+    frames = [Frame(Opcode.TEXT, text.encode()) for text in texts]
+    frames.append(Frame(Opcode.CLOSE, Close(code, "").serialize()))
+    return b"".join(frame.serialize(mask=False) for frame in frames)
 
 
 def error_frame(error: ApiError) -> str:

@@ -10,16 +10,18 @@ from typing import Any, Literal
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import EngineDeadError
 from serving.dispatch.headers import ROUTER_PREFIX
 from serving.dispatch.unrouted import unrouted_headers
 from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
 from serving.telemetry.exchange import Exchange
-from serving.websockets.framing import ResponseFrames, done_frame, error_frame
+from serving.websockets.framing import ResponseFrames, done_frame, error_frame, last_words
 from serving.websockets.settings import MAX_SESSION_S
 
 # Of IANA's registry of close codes.
-GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER = 1001, 1008, 1013
+GOING_AWAY, POLICY_VIOLATION, SERVICE_RESTART, TRY_AGAIN_LATER = 1001, 1008, 1012, 1013
+_KILLED = EngineDeadError("the replica's process ended")
 # After a request that ended so, the next one would fare no better here.
 _CLOSE_AFTER = {401: (POLICY_VIOLATION, "the key is not valid"), 503: (TRY_AGAIN_LATER, "connect again")}
 _MAX_REFUSED = 32
@@ -48,6 +50,8 @@ class _Request:
     frames: ResponseFrames
     state: dict[str, Any]
     """Its scope's, which has its `exchange`."""
+    watch: bytes | None
+    """The stream guard's."""
 
 
 class Session:
@@ -110,11 +114,13 @@ class Session:
                 if self._has_left:
                     return
         finally:
-            running = None if self._running is None else self._running.task
-            tasks = [task for task in (receiving, running) if task is not None]
-            for task in tasks:
+            open_tasks: list[asyncio.Future[Any]] = [] if receiving is None else [receiving]
+            if self._running is not None:
+                self._unwatch(self._running)
+                open_tasks.append(self._running.task)
+            for task in open_tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*open_tasks, return_exceptions=True)
 
     def _patience_s(self) -> float | None:
         """For the next frame; a running request has a deadline of its own."""
@@ -155,7 +161,7 @@ class Session:
             own |= unrouted_headers(body, self._state.settings.tiers)
         state: dict[str, Any] = {}
         scope = {
-            # Without the connection's addresses: the stream guard would write HTTP to it.
+            # Without the connection's addresses: the stream guard is to write frames to it, not HTTP.
             **{
                 key: self._scope[key]
                 for key in ("app", "path", "raw_path", "root_path")
@@ -172,7 +178,15 @@ class Session:
         }
         frames = ResponseFrames(self._send)
         task = asyncio.create_task(self._compute(scope, body, frames))
-        return _Request(request_id, task, frames, state)
+        watch = None
+        if self._state.guard is not None:
+            words = last_words(from_engine(_KILLED), request_id, SERVICE_RESTART)
+            watch = self._state.guard.watch(self._scope, words)
+        return _Request(request_id, task, frames, state, watch)
+
+    def _unwatch(self, request: _Request) -> None:
+        if request.watch is not None and self._state.guard is not None:
+            self._state.guard.release(request.watch)
 
     async def _compute(self, scope: Scope, body: bytes, frames: ResponseFrames) -> None:
         is_read = False
@@ -200,6 +214,7 @@ class Session:
         exchange: Exchange | None = request.state.get("exchange")
         made = None if exchange is None else exchange.generation
         await self._send(done_frame(request.request_id, end, made, frames.limits()))
+        self._unwatch(request)
         return frames.status
 
     async def _refuse(self, error: ApiError) -> None:

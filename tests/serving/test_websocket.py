@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from monitoring import Recorder
 from serving.app import create_app
 from serving.settings import ServingSettings
 from serving.state import ReplicaState
+from serving.stream_guard import StreamGuard
 from serving.telemetry.exchange import Exchange
 from serving.websockets import session
 from tests.timed_engine import Speed, TimedEngine
@@ -44,9 +47,9 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[Server]:
+async def serving(guard: StreamGuard | None = None, **settings: Any) -> AsyncIterator[Server]:
     engine = TimedEngine("double", Speed(base_s=STEP_S, per_active_s=0.0, prefill_token_s=1e-5))
-    state = ReplicaState(ServingSettings(**settings), Recorder(), replica="r0")
+    state = ReplicaState(ServingSettings(**settings), Recorder(), replica="r0", guard=guard)
     state.ready(engine)
     app = create_app(state)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
@@ -285,6 +288,43 @@ async def test_a_server_that_stops_says_so(server):
         server.uvicorn.should_exit = True
         assert await close_code(socket) == 1012
     await until(lambda: not server.engine.stats().num_running)
+
+
+# A server that can be killed.
+REPLICA = """
+import asyncio
+from serving.stream_guard import StreamGuard
+from tests.serving.test_websocket import serving
+
+async def main():
+    async with serving(StreamGuard()) as server:
+        print(server.url, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_process_leaves_last_frames_where_a_request_ran():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", REPLICA, stdout=subprocess.PIPE)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            url = (await process.stdout.readline()).decode().strip() + "/v1/chat/completions"
+        async with connect(url) as busy, connect(url) as idle:
+            await ask(idle, max_tokens=1)
+            await rest(idle)
+            await busy.send(json.dumps(ENDLESS))
+            await read(busy)
+            process.kill()
+            *_, error, done = await rest(busy)
+            assert (error["type"], error["error"]["code"]) == ("error", "service_unavailable")
+            assert done["status"] == "failed"
+            assert await close_code(busy) == 1012
+            assert await close_code(idle) == 1006
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def refusal(
