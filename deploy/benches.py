@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.terminal import fail
+from deploy.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, help="Measurements; each can write its rows as JSON.")
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
@@ -170,6 +170,45 @@ def bench_engine(
     except EngineError as error:
         raise fail(str(error)) from None
     report.publish(rows, f"Engine, {shape}", json_path)
+
+
+@app.command("article")
+def bench_article(
+    out: Annotated[Path, typer.Option(help="Directory of article.json, .md, .html; a later run adds to it.")],
+    shapes: Annotated[str | None, typer.Option(help="Comma-separated; all but `tiny` by default.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short: one round, few rates, short answers.")
+    ] = False,
+    render: Annotated[bool, typer.Option("--render", help="Measure nothing, write the report anew.")] = False,
+    budget_s: Annotated[float | None, typer.Option(min=30, help="Most seconds a shape may take.")] = None,
+    gpu_price: Annotated[float, typer.Option(min=0.01, help="Dollars an hour, for the score.")] = 3.0,
+    quantized: Annotated[
+        Path | None, typer.Option(help="Directory of `peregrine quantize`, for the CPU row.")
+    ] = None,
+    peers: Annotated[Path, typer.Option(help="Other engines' rows, for the pictures.")] = Path(
+        "docs/benchmarks/peer.json"
+    ),
+) -> None:
+    """The article's table over HTTP: its own servers, an open-loop client, a report with plots."""
+    from deploy.bench.article import command
+    from deploy.bench.article.subjects import DEFAULT_SUBJECTS, SUBJECTS
+
+    names = shapes.split(",") if shapes else list(DEFAULT_SUBJECTS)
+    if unknown := [name for name in names if name not in SUBJECTS]:
+        raise fail(f"--shapes: unknown {unknown[0]!r} (known: {', '.join(SUBJECTS)})")
+    command.run(
+        command.Request(
+            out,
+            names,
+            quick=quick,
+            render_only=render,
+            budget_s=budget_s,
+            dollars_an_hour=gpu_price,
+            quantized=quantized,
+            peers=peers,
+        ),
+        console,
+    )
 
 
 @app.command("metrics")

@@ -62,10 +62,10 @@ def publish(rows: Sequence[Row], title: str, path: Path | None) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def circumstances() -> dict[str, Any]:
-    """Machine, versions, date and command of a result."""
+def circumstances(of: Row | None = None) -> dict[str, Any]:
+    """Machine, versions, date and command of a result. of: `machine()` where another process called it."""
     return {
-        "machine": machine(),
+        "machine": of or machine(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join([*_program(), *sys.argv[1:]]),

@@ -1,0 +1,47 @@
+"""`peregrine bench article`: measure, then write the report; also when it was told to end."""
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy.bench.article import report
+from deploy.bench.article import run as parts
+from deploy.bench.article.plan import FULL, QUICK, Options
+from deploy.bench.article.results import Results
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command's options. budget_s: None takes the plan's."""
+
+    out: Path
+    shapes: Sequence[str]
+    quick: bool = False
+    render_only: bool = False
+    budget_s: float | None = None
+    dollars_an_hour: float = 3.0
+    quantized: Path | None = None
+    peers: Path | None = None
+
+
+def run(request: Request, console: Console) -> None:
+    """Raises KeyboardInterrupt where it was interrupted, after the report of what there is was written."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that the server is ended in order
+    try:
+        if not request.render_only:
+            plan = QUICK if request.quick else FULL
+            if request.budget_s is not None:
+                plan = dataclasses.replace(plan, budget_s=request.budget_s)
+            options = Options(request.out, request.shapes, plan, request.quantized)
+            parts.run(options, console)
+    finally:
+        results = Results(request.out / "article.json")
+        report.write(results, request.out, request.dollars_an_hour, request.peers, console)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,26 @@
+"""Rows of article.json as the report's tables, in its order."""
+
+from deploy.bench.article import other_tables, speed_tables
+from deploy.bench.article.results import Results
+from deploy.bench.article.table import Table
+
+
+def tables(results: Results, dollars_an_hour: float) -> list[Table]:
+    """Those that have rows; the claims always."""
+    found = [
+        other_tables.claims_table(results),
+        speed_tables.summary(results),
+        speed_tables.first_tokens(results),
+        speed_tables.serving_cost(results),
+        speed_tables.concurrency(results),
+        speed_tables.goodput(results),
+        speed_tables.workloads(results),
+        other_tables.memory(results),
+        other_tables.launches(results),
+        other_tables.speculation(results),
+        other_tables.edge(results),
+        other_tables.scores(results, dollars_an_hour),
+        other_tables.failures(results),
+        other_tables.machines(results),
+    ]
+    return [table for table in found if table.rows]
