@@ -155,6 +155,8 @@ def deploy(
     if has_router:
         url = f"http://{cluster.host}:{cluster.port}/health"
         _wait_until_routed(url, 2 * config.routing.routers_per_node, deadline)
+        if cluster.replicas > 1:  # until then a router may choose among half of them
+            time.sleep(config.routing.new_replica_delay_s)
 
 
 def _drain(deadline: float) -> None:
