@@ -11,6 +11,9 @@ from engine.checkpoint.loading import RANDOM_BITS_KEY
 from engine.models.config import ModelConfig
 
 _BOS, _EOS = "<s>", "</s>"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+)
 _W4 = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -70,7 +73,10 @@ def write_folder(directory: Path, config: ModelConfig, weights: str, bits: float
         raw["quantization_config"] = scheme
     (directory / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(config.vocab_size), bos_token=_BOS, eos_token=_EOS
+        tokenizer_object=_tokenizer(config.vocab_size),
+        bos_token=_BOS,
+        eos_token=_EOS,
+        chat_template=_CHAT_TEMPLATE,
     ).save_pretrained(directory)
 
 

@@ -33,7 +33,7 @@ def _verdict(claim: Claim) -> str:
     if claim.can_be_met is None or claim.factor is None:
         return NONE
     if claim.can_be_met:
-        return f"yes, {1 / claim.factor:.2f} times over"
+        return f"yes: the floor is {1 / claim.factor:.1f} times as good"
     return f"no: {claim.factor:.1f} times beyond the floor"
 
 

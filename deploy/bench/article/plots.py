@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from deploy.bench.article import floors
 from deploy.bench.article.results import Results, Row
@@ -156,7 +157,10 @@ def _goodput(results: Results) -> Any:
         )
         axes.bar_label(drawn, [f"{h:.3g}" for h in heights], fontsize=6)
     axes.set_xticks(range(len(measured)), measured)
-    axes.set(ylabel="good requests a second", yscale="symlog", ylim=(0, None))
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set(ylabel="good requests a second", ylim=(0, None))
+    axes.margins(y=0.2)
     axes.legend(fontsize=7, ncols=2)
     return figure
 

@@ -40,7 +40,7 @@ def run(options: Options, console: Console) -> Results:
         for number, name in enumerate(options.shapes, 1):
             console.print(f"[bold]{name}[/] ({number} of {len(options.shapes)})")
             results.begin(name, machine)
-            _Shape(SUBJECTS[name], options, results, Path(directory) / name, "gpu" in machine, unfused).run()
+            _Shape(SUBJECTS[name], options, results, Path(directory) / name, unfused).run()
     return results
 
 
@@ -82,12 +82,10 @@ class _Shape:
         options: Options,
         results: Results,
         directory: Path,
-        has_gpu: bool,
         unfused: dict[int, float],
     ) -> None:
         self._subject, self._options, self._plan = subject, options, options.plan
-        self._results, self._directory, self._has_gpu = results, directory, has_gpu
-        self._unfused = unfused
+        self._results, self._directory, self._unfused = results, directory, unfused
         self._logs = options.out / "logs" / subject.name
         self._deadline = time.monotonic() + options.plan.budget_s
 
