@@ -86,7 +86,7 @@ class WebSocketDoor:
 
 def _with_key(headers: dict[bytes, bytes], protocols: list[str]) -> dict[bytes, bytes]:
     given = [p.removeprefix(KEY_PROTOCOL) for p in protocols if p.startswith(KEY_PROTOCOL)]
-    return {b"authorization": f"Bearer {given[0]}".encode(), **headers} if given else headers
+    return {b"authorization": f"Bearer {given[0]}".encode(errors="replace"), **headers} if given else headers
 
 
 async def _deny(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
