@@ -13,6 +13,7 @@ from serving.api.operations import operations_router
 from serving.api.responses.kept import AskPeers
 from serving.api.responses.routes import responses_router
 from serving.api.tokens import tokens_router
+from serving.base_path import WithoutPrefix
 from serving.errors import ErrorResponse, install_error_handlers
 from serving.middleware import FrontDoor
 from serving.state import ReplicaState, package_version
@@ -59,5 +60,6 @@ def create_app(
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
     app.add_middleware(WebSocketDoor, state=state)
+    app.add_middleware(WithoutPrefix)
     app.state.replica = state
     return app

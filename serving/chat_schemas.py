@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from engine import ParameterError, SamplingParams
-from serving.schemas import SamplingFields, Strict, StrictBool, StrictInt, Usage, one_of
+from serving.schemas import SamplingFields, Seed, Strict, StrictBool, StrictInt, Usage, one_of
 from serving.tools import Message, ToolChoice, ToolDefinition
 from serving.tools.schemas import (
     MAX_TOOLS,
@@ -45,6 +45,8 @@ class ChatMessage(Strict):
     refusal: None = None
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    prefix: Literal[False] | None = None
+    """Mistral's clients send it; an answer that goes on from a message's text is not served here."""
     function_call: Annotated[None, _use_tools] = None
     tool_calls: Annotated[list[MessageToolCall], Field(min_length=1)] | None = None
     tool_call_id: NonEmpty | None = None
@@ -120,6 +122,9 @@ class ChatCompletionRequest(SamplingFields):
     function_call: Annotated[None, _use_tools] = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+    seed: Annotated[Seed | None, Field(validation_alias=AliasChoices("seed", "random_seed"))] = None
+    """`random_seed` is Mistral's name for it, `safe_prompt` a field of theirs."""
+    safe_prompt: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":

@@ -12,6 +12,7 @@ from serving.schema_types import MAX_STOP, Strict, StrictBool, StrictFloat, Stri
 from serving.structured import StructuredFields
 
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Stop = Annotated[
     str | list[str] | None,
     one_of("a non-empty string", f"an array of 1 to {MAX_STOP} non-empty strings", "null"),
@@ -48,7 +49,7 @@ class SamplingFields(StructuredFields):
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     user: str | None = None
     service_tier: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
 

@@ -53,8 +53,8 @@ def plan_chat(
     token_id: of a mark that the vocabulary has as one token.
 
     Raises:
-        ParameterError: a choice without a tool to choose (`tool_choice`), arguments in the conversation that
-            are no object, or an answer's constraint that leaves no room for calls.
+        ParameterError: a choice without a tool to choose (`tool_choice`), or an answer's constraint that
+            leaves no room for calls.
     """
     shown = () if choice.mode == "none" else tuple(tools)
     usable = tuple(t for t in shown if choice.names is None or t.name in choice.names)

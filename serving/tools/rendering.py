@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from engine import ParameterError
 from serving.tools.definitions import Message, ToolDefinition
 from serving.tools.syntax import HERMES, CallSyntax
 
@@ -27,15 +26,13 @@ def with_template(messages: Sequence[Message], syntax: CallSyntax) -> list[dict[
     """For a template that knows tools: Hugging Face's convention, where arguments are objects.
 
     Where a turn may have one call, each call stands before its result, and text in a turn of its own.
-
-    Raises ParameterError naming the message whose arguments are no JSON object.
     """
     names = {call.id: call.name for m in messages for call in m.tool_calls}
     shown: list[dict[str, Any]] = []
     waiting: dict[
         str, dict[str, Any]
     ] = {}  # by the ids of their results, calls that come in turns of their own
-    for number, message in enumerate(messages):
+    for message in messages:
         if message.role != "tool":
             shown += [_calling(call) for call in waiting.values()]
             waiting = {}
@@ -44,9 +41,9 @@ def with_template(messages: Sequence[Message], syntax: CallSyntax) -> list[dict[
             {
                 "id": _template_id(call.id, syntax),
                 "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments, number, i)},
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
             }
-            for i, call in enumerate(message.tool_calls)
+            for call in message.tool_calls
         ]
         if calls and syntax.is_single:
             waiting = dict(zip((call.id for call in message.tool_calls), calls, strict=True))
@@ -71,7 +68,7 @@ def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition
     """
     shown: list[dict[str, Any]] = []
     is_result = False
-    for number, message in enumerate(messages):
+    for message in messages:
         content = message.content
         if message.role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
@@ -79,8 +76,8 @@ def without_template(messages: Sequence[Message], tools: Sequence[ToolDefinition
                 shown[-1]["content"] += f"\n{content}"
                 continue
         parts = [content] if content else []
-        for i, call in enumerate(message.tool_calls):
-            body = {"name": call.name, "arguments": _arguments(call.arguments, number, i)}
+        for call in message.tool_calls:
+            body = {"name": call.name, "arguments": _arguments(call.arguments)}
             parts.append(f"{HERMES.begin}\n{json.dumps(body, ensure_ascii=False)}\n{HERMES.end}")
         is_result = message.role == "tool"
         shown.append({"role": "user" if is_result else message.role, "content": "\n".join(parts)})
@@ -98,16 +95,15 @@ def _calling(call: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-def _arguments(text: str, message: int, call: int) -> Mapping[str, Any]:
-    """Clients send an empty text for a call without arguments."""
+def _arguments(text: str) -> Mapping[str, Any] | str:
+    """An object; the text itself where it is none, which agents send back with an error as the call's result,
+    so that the model may try again. Clients send an empty text for a call without arguments.
+    """
     try:
         arguments = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        field = f"messages[{message}].tool_calls[{call}].function.arguments"
-        raise ParameterError(field, "must be a JSON object, as text")
-    return arguments
+        return text
+    return arguments if isinstance(arguments, dict) else text
 
 
 def _template_id(call_id: str, syntax: CallSyntax) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from engine import ParameterError
-from serving.schemas import Strict, StrictBool
+from serving.schemas import Strict, StrictBool, StrictInt
 from serving.tools.definitions import NO_PARAMETERS, ToolCall, ToolChoice, ToolDefinition
 from serving.tools.parameters import check_parameters
 
@@ -47,6 +47,10 @@ class AllowedToolsChoice(Strict):
     allowed_tools: AllowedTools
 
 
+def _as_openai_spells_it(mode: Any) -> Any:
+    return "required" if mode == "any" else mode
+
+
 def _kind_of_choice(value: Any) -> str | None:
     if isinstance(value, str):
         return "<mode>"
@@ -56,7 +60,11 @@ def _kind_of_choice(value: Any) -> str | None:
 
 # Tags that are no identifiers stay out of the path that an error names.
 ToolChoiceParam = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    Annotated[
+        Literal["none", "auto", "required"],
+        BeforeValidator(_as_openai_spells_it),  # Mistral's clients say "any"
+        Tag("<mode>"),
+    ]
     | Annotated[NamedTool, Tag("<function>")]
     | Annotated[AllowedToolsChoice, Tag("<allowed>")],
     Discriminator(
@@ -73,11 +81,12 @@ class CalledFunction(Strict):
 
 
 class MessageToolCall(Strict):
-    """A call of an earlier answer, as the client sends it back."""
+    """A call of an earlier answer, as the client sends it back; `index` says nothing more."""
 
     id: NonEmpty
     type: Literal["function"]
     function: CalledFunction
+    index: StrictInt | None = None
 
     def as_call(self) -> ToolCall:
         return ToolCall(self.id, self.function.name, self.function.arguments)

@@ -193,7 +193,7 @@ CASES: list[Case] = [
         "parameters that are no schema", "tools[0].function.parameters", 400, "$.properties.x.type",
         tools=[tool("f", parameters={"type": "object", "properties": {"x": {"type": "strin"}}})],
     ),
-    chat("unknown tool_choice", "tool_choice", tools=[tool("f")], tool_choice="any"),
+    chat("unknown tool_choice", "tool_choice", tools=[tool("f")], tool_choice="sometimes"),
     chat("tool_choice is a number", "tool_choice", tools=[tool("f")], tool_choice=1),
     chat("tool_choice of another type", "tool_choice", tools=[tool("f")], tool_choice={"type": "x"}),
     chat("required without tools", "tool_choice", tool_choice="required"),
@@ -224,10 +224,6 @@ CASES: list[Case] = [
     chat("two results of a call", "messages[3].tool_call_id", messages=[
         *HELLO, calling("c1"), result("c1"), result("c1")]),
     chat("a user's tool_call_id", "messages[0].tool_call_id", messages=[{**HELLO[0], "tool_call_id": "c1"}]),
-    chat("arguments that are no JSON", "messages[1].tool_calls[0].function.arguments", 400, "JSON object",
-         messages=[*HELLO, calling("c1", arguments="{"), result("c1")]),
-    chat("arguments that are no object", "messages[1].tool_calls[0].function.arguments", 400, "JSON object",
-         messages=[*HELLO, calling("c1", arguments="[1]"), result("c1")]),
     chat("arguments as an object", "messages[1].tool_calls[0].function.arguments",
          messages=[*HELLO, calling("c1", arguments={}), result("c1")]),
     # What the answer is held to
