@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test lint browser prometheus bench loadtest clean
+.PHONY: setup serve test lint browser prometheus agents bench loadtest clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -41,7 +41,11 @@ browser:
 prometheus:
 	@./tests/install-prometheus.sh
 
-test: lint browser prometheus
+# For the tests of docs/recipes.md: clients and agent frameworks, in an environment of their own.
+agents: setup
+	@./tests/install-agents.sh $(CURDIR)/$(BIN)/python $(CURDIR)/$(VENV)-agents
+
+test: lint browser prometheus agents
 	$(BIN)/python -m pytest $(ARGS)
 
 # Builds llama.cpp from source once (about five minutes on two cores).
@@ -64,5 +68,5 @@ scan: setup
 	$(BIN)/python -m tests.helm.policy_scan $(VENV)-scan/bin/checkov
 
 clean:
-	rm -rf $(VENV) $(VENV)-scan build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis
+	rm -rf $(VENV) $(VENV)-scan $(VENV)-agents tests/agents/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
