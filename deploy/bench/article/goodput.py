@@ -96,14 +96,16 @@ async def measure(
 async def _at(
     session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rate: float, seconds: float
 ) -> Row:
-    outcome, start = Outcome(), time.perf_counter() + 0.05
+    outcome, due_times = Outcome(), arrivals(rate, seconds)
     generator = random.Random(time.time_ns())  # prompts that no earlier run has left in a cache
     kind = deadline.workload
     fields = {"service_tier": deadline.service_tier} if deadline.service_tier else {}
     headers = {} if deadline.service_tier else {SLO_HEADER: f"{1e3 * deadline.seconds:g}"}
 
-    async def one(due: float) -> None:
-        prompt = generator.choices(_TOKEN_IDS, k=kind.prompt_tokens)
+    prompts = [generator.choices(_TOKEN_IDS, k=kind.prompt_tokens) for _ in due_times]
+    start = time.perf_counter()
+
+    async def one(due: float, prompt: list[int]) -> None:
         timeline = Timeline(start + due)
         await asyncio.sleep(max(0.0, timeline.due - time.perf_counter()))
         try:
@@ -125,7 +127,7 @@ async def _at(
             outcome.first_token_s.append(timeline.ttft)
             outcome.answer_s.append(timeline.arrivals[-1] - timeline.due)
 
-    jobs = [asyncio.create_task(one(due)) for due in arrivals(rate, seconds)]
+    jobs = [asyncio.create_task(one(*pair)) for pair in zip(due_times, prompts, strict=True)]
     _, late = await asyncio.wait(jobs, timeout=seconds + _DRAIN_S)
     for job in late:
         job.cancel()

@@ -53,21 +53,23 @@ async def concurrency(
 ) -> AsyncIterator[Row]:
     """Batches of growing size until more streams bring no more tokens a second (but for the next one).
 
-    Joules are those of whole batches, prompts included, over their output tokens.
+    Each stream has one more output token for every stream beside it: the first ones decode while prompts of
+    the others are computed. Joules are those of whole batches, prompts included, over their output tokens.
     """
     best = 0.0
     for size in streams:
         await client.batch(size, PROMPT, 16)
         joules, begin = meter.joules() if meter else None, time.perf_counter()
-        runs = [await client.batch(size, PROMPT, num_output) for _ in range(rounds)]
+        length = num_output + size
+        runs = [await client.batch(size, PROMPT, length) for _ in range(rounds)]
         seconds = time.perf_counter() - begin
         figures = [together(run) for run in runs]
-        row: Row = {"streams": size, "prompt_tokens": PROMPT, "output_tokens": num_output}
+        row: Row = {"streams": size, "prompt_tokens": PROMPT, "output_tokens": length}
         row |= {k: round(median(f[k] for f in figures), 3) for k in figures[0]}
         row["ttft_ms_p50"] = round(report.percentile(_ttft_ms(runs), 0.5), 1)
         row["ttft_ms_p99"] = round(report.percentile(_ttft_ms(runs), 0.99), 1)
         if meter is not None and joules is not None and (after := meter.joules()) is not None:
-            row["joules_per_token"] = round((after - joules) / (rounds * size * num_output), 4)
+            row["joules_per_token"] = round((after - joules) / (rounds * size * length), 4)
             row["watts"] = round((after - joules) / seconds, 1)
         yield row
         if row["tok_s"] < best * _SATURATED:

@@ -33,7 +33,9 @@ Make = Callable[[aiohttp.ClientSession], AsyncIterator[Row]]
 
 def run(options: Options, console: Console) -> Results:
     """Measure every chosen shape; article.json in options.out has the rows as they come."""
-    results = Results(options.out / "article.json", lambda row: console.print(_line(row), highlight=False))
+    results = Results(
+        options.out / "article.json", lambda row: console.print(_line(row), highlight=False, soft_wrap=True)
+    )
     machine = _machine()
     with tempfile.TemporaryDirectory(prefix="article-") as directory:
         unfused = _unfused(options, results, Path(directory)) if "gpu" in machine else {}
