@@ -80,11 +80,11 @@ def stream_claim(shape: str, bits: float) -> Claim:
     allowed = floors.readable_bytes(LONG_TOKENS, LONG_S)
     needed = floors.tokens_a_read(SHAPES[shape], bits, allowed)
     why = (
-        f"{LONG_TOKENS / LONG_S:,.0f} tokens/s of one stream at {floors.READ_BYTES_S / 1e12:.2f} TB/s let "
-        f"{allowed / 1e9:.2f} GB be read a token; this shape reads {read / 1e9:.2f} GB"
+        f"it reads {read / 1e9:.2f} GB a token; {LONG_TOKENS / LONG_S:,.0f} tokens/s at "
+        f"{floors.READ_BYTES_S / 1e12:.2f} TB/s allow {allowed / 1e9:.2f} GB"
     )
     if needed > 1:
-        why += f", so each reading would have to bring {needed:.2f} tokens (accepted drafts)"
+        why += f": each reading would have to bring {needed:.1f} tokens (accepted drafts)"
     return Claim(
         _ARTICLE,
         f"{LONG_TOKENS:,} tokens of one stream, {shape.upper()} at {bits:g} bits",

@@ -1,12 +1,14 @@
 """Ease of integration, as what a client finds: each probe is a request of another API to the live server."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 _TIMEOUT_S = 60.0
+_ANTHROPIC = {"anthropic-version": "2023-06-01"}  # which that API demands
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Probe:
     path: str
     body: dict[str, Any] | None
     expects: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def probes(model: str) -> tuple[Probe, ...]:
@@ -32,7 +35,7 @@ def probes(model: str) -> tuple[Probe, ...]:
         Probe("OpenAI completions", "/v1/completions", _completion(model), '"choices"'),
         Probe("OpenAI responses", "/v1/responses", _response(model), '"output"'),
         Probe("OpenAI embeddings", "/v1/embeddings", {"model": model, "input": "yes"}, '"embedding"'),
-        Probe("Anthropic messages", "/v1/messages", chat, '"content"'),
+        Probe("Anthropic messages", "/v1/messages", chat, '"content"', _ANTHROPIC),
         Probe("tool calls", "/v1/chat/completions", {**chat, "tools": [tool]}, '"choices"'),
         Probe("JSON schema", "/v1/chat/completions", {**chat, "response_format": form}, '"choices"'),
         Probe("Prometheus metrics", "/metrics", None, "peregrine_"),
@@ -64,7 +67,8 @@ def run(url: str, model: str, timeout_s: float) -> list[dict[str, Any]]:
 
 def _ask(client: httpx.Client, probe: Probe) -> dict[str, Any]:
     try:
-        answer = client.post(probe.path, json=probe.body) if probe.body else client.get(probe.path)
+        method = "GET" if probe.body is None else "POST"
+        answer = client.request(method, probe.path, json=probe.body, headers=probe.headers)
     except httpx.HTTPError as error:
         return {"passed": False, "answer": repr(error)}
     if answer.status_code == 200 and probe.expects in answer.text:

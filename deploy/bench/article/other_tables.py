@@ -26,14 +26,14 @@ def claims_table(results: Results) -> Table:
         "H100 allows; a claim beyond it cannot be met by any program on that card."
     )
     columns = ["system", "claim", "as published", "floor, one H100", "can it be met", "ours, measured", "why"]
-    return Table("The article's rows", note, columns, [row(c) for c in claims()], num_names=2)
+    return Table("The article's rows", note, columns, [row(c) for c in claims()], 2, ends_in_text=True)
 
 
 def _verdict(claim: Claim) -> str:
     if claim.can_be_met is None or claim.factor is None:
         return NONE
     if claim.can_be_met:
-        return f"yes: the floor is {1 / claim.factor:.1f} times as good"
+        return f"yes: the floor is {1 / claim.factor:.2f} times as good"
     return f"no: {claim.factor:.1f} times beyond the floor"
 
 
@@ -106,7 +106,8 @@ def edge(results: Results) -> Table:
 def scores(results: Results, dollars_an_hour: float) -> Table:
     rows = []
     for shape in shapes(results):
-        if SUBJECTS[shape].kind == "tiny" or (s := score.of_shape(results, shape, dollars_an_hour)) is None:
+        has_gpu = "gpu" in results.runs[shape]["machine"]  # whose price it is
+        if not has_gpu or (s := score.of_shape(results, shape, dollars_an_hour)) is None:
             continue
         parts = [number(v, ".2f") for v in (s.latency, s.cost, s.ease, s.dollars)]
         rows.append([SUBJECTS[shape].title, *parts, number(s.total, ".0f")])

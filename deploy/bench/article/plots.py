@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from deploy.bench.article import floors
 from deploy.bench.article.results import Results, Row
@@ -22,6 +22,7 @@ from engine.models.shapes import SHAPES
 plt.rcParams["svg.hashsalt"] = "article"  # the same rows make the same file
 _PEER_HEAD_BITS = 16  # as peer.json's engines keep the output head
 _PANELS = 4  # in a row
+_PLAIN = FuncFormatter(lambda value, place: f"{value:,g}")
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -56,6 +57,13 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     for spare in flat[count:]:
         spare.set_visible(False)
     return figure, flat
+
+
+def _plain_logarithm(axes: Any) -> None:
+    """Numbers at 1, 2 and 5 of each decade: a panel may span less than one."""
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(_PLAIN)
 
 
 def _read_rate(results: Results, shape: str) -> float:
@@ -114,7 +122,7 @@ def _streams(results: Results, others: Sequence[Row]) -> Any:
             axes.plot(*places, "x:", color=f"C{3 + number}", label=f"{rows[0]['engine']} {kernel}")
         axes.set(title=shape, xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
         axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-        axes.minorticks_off()
+        _plain_logarithm(axes)
         axes.legend(fontsize=6)
     return figure
 
@@ -135,7 +143,7 @@ def _ttft(results: Results) -> Any:
             axes.plot(lengths, floor, "-", color="black", alpha=0.5, label="floor of e4m3 products")
         axes.set(title=shape, xlabel="prompt tokens", ylabel="first token, ms", xscale="log", yscale="log")
         axes.set_xticks([128, 512, 2048], ["128", "512", "2,048"])
-        axes.minorticks_off()
+        _plain_logarithm(axes)
         axes.legend(fontsize=6)
     return figure
 
@@ -144,7 +152,7 @@ def _goodput(results: Results) -> Any:
     measured = [s for s in shapes(results) if any(results.of("goodput", s))]
     if not measured:
         return None
-    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * max(4, len(measured)), 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * max(5, len(measured)), 3.6), layout="constrained")
     width = 0.8 / len(DEADLINES)
     for number, deadline in enumerate(DEADLINES):
         heights = []
@@ -158,10 +166,9 @@ def _goodput(results: Results) -> Any:
         axes.bar_label(drawn, [f"{h:.3g}" for h in heights], fontsize=6)
     axes.set_xticks(range(len(measured)), measured)
     axes.set_yscale("symlog", linthresh=1)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.set(ylabel="good requests a second", ylim=(0, None))
-    axes.margins(y=0.2)
-    axes.legend(fontsize=7, ncols=2)
+    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.set(ylabel="good requests a second", ylim=(0, 1.6 * max(1.0, axes.get_ylim()[1])))
+    axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -177,5 +184,5 @@ def _memory(results: Results) -> Any:
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="GB")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

@@ -12,13 +12,16 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; those of the first `num_names` columns are names, the rest figures."""
+    """Cells are text; those of the first `num_names` columns are names, the rest figures, of which the last
+    one may be a sentence.
+    """
 
     title: str
     note: str
     columns: Sequence[str]
     rows: list[list[str]] = field(default_factory=list)
     num_names: int = 1
+    ends_in_text: bool = False
 
 
 def shapes(results: Results) -> list[str]:

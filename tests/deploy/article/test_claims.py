@@ -50,7 +50,7 @@ def test_which_claims_no_card_can_meet():
     large = stream_claim("180b", 2.125)
     assert large.factor == pytest.approx(24.96, abs=0.05)
     assert "1,667 tokens/s" in large.why
-    assert "1.91 GB" in large.why
+    assert "allow 1.91 GB" in large.why
 
 
 def test_ours_stand_beside_the_claims_of_their_kind(tmp_path):
