@@ -6,7 +6,7 @@ else is the app's and the engine's.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -21,7 +21,7 @@ from monitoring.bandwidth import device_bandwidth
 from monitoring.exporter import Exporter
 from serving.api.responses.store import StoredResponse
 from serving.app import create_app
-from serving.dispatch.deployment import QUIET
+from serving.dispatch.deployment import QUIET, follow_replicas
 from serving.dispatch.messages import Hello, Report
 from serving.dispatch.reporter import RouterLinks
 from serving.errors import not_ready
@@ -103,12 +103,23 @@ class Replica:
             self._state.gate = gate
         self._state.admission.max_num_seqs = config.max_num_seqs
         self._state.ready(self._engine)
+        self._is_listed = False
+        self._long_poll = follow_replicas(context.deployment, self._note_listed)
         self._publisher = asyncio.create_task(self._state.publish_stats())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
             self._state, answers_with_id=False, peers=self._peers, response_peers=self._ask_for_response
         )
+
+    def _note_listed(self, running: Collection[str]) -> None:
+        """Serve tells a replica nothing when it is to leave, but that it has waited for its requests: an open
+        WebSocket is one.
+        """
+        if self._name in running:
+            self._is_listed = True
+        elif self._is_listed:
+            self._state.leaving.set()
 
     async def report_to(self, router: str) -> None:
         """A router asks for this replica's events: host:port. It may ask again."""
@@ -225,6 +236,7 @@ class Replica:
         if not hasattr(self, "_publisher"):
             return
         self._state.start_draining()
+        self._long_poll.stop()
         self._publisher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._publisher

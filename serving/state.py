@@ -64,6 +64,8 @@ class ReplicaState:
         """As configured."""
         self.keeps_prompts = False
         """Exchanges carry their prompts, for a log that was asked to show them."""
+        self.leaving = asyncio.Event()
+        """Set when this replica is to go: no new connection comes, and what is open is to end soon."""
         self._engine: InferenceEngine | None = None
         self._is_draining = False
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
@@ -71,7 +71,12 @@ class RequestRouter:
         self._listener = Listener(self._dispatcher)
         self._dispatcher.reply_to = await self._listener.start(ray.util.get_node_ip_address())
         listed = asyncio.Event()
-        self._long_poll = _follow_replicas(self._dispatcher, replicas, listed)
+
+        def on_change(running: Collection[str]) -> None:
+            self._dispatcher.list_replicas(running)
+            listed.set()
+
+        self._long_poll = follow_replicas(replicas, on_change)
         async with asyncio.timeout(_LISTED_TIMEOUT_S):
             await listed.wait()
         self._sweeping = asyncio.create_task(self._sweep())
@@ -160,8 +165,10 @@ def build_router(
     return deployment.bind(settings, dict(tiers), replicas, telemetry, metrics=metrics or MetricsSettings())
 
 
-def _follow_replicas(dispatcher: Dispatcher, deployment: str, listed: asyncio.Event) -> Any:
-    """`listed` is set by the first list. Returns what is to be stopped."""
+def follow_replicas(deployment: str, on_change: Callable[[Collection[str]], None]) -> Any:
+    """Tells, in this event loop, which replicas run, now and when that changes; those that are to leave are
+    none of them. For the code of a replica. Returns what is to be stopped.
+    """
     from ray.serve._private.common import DeploymentID
     from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
     from ray.serve.context import _get_global_client
@@ -169,13 +176,12 @@ def _follow_replicas(dispatcher: Dispatcher, deployment: str, listed: asyncio.Ev
     context = serve.get_replica_context()
     key = (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(name=deployment, app_name=context.app_name))
 
-    def on_change(targets: Any) -> None:
-        dispatcher.list_replicas(r.actor_name for r in targets.running_replicas)
-        listed.set()
+    def take(targets: Any) -> None:
+        on_change([replica.actor_name for replica in targets.running_replicas])
 
     return LongPollClient(
         _get_global_client()._controller,
-        {key: on_change},
+        {key: take},
         call_in_event_loop=asyncio.get_running_loop(),
-        client_id=f"peregrine-router:{context.replica_id.unique_id}",
+        client_id=f"peregrine:{context.replica_id.unique_id}",
     )

@@ -86,12 +86,15 @@ class Session:
     async def run(self) -> None:
         """Until either side closes the connection; what runs then is aborted."""
         receiving: asyncio.Future[Message] | None = None
+        leaving = asyncio.create_task(self._state.leaving.wait())
         try:
             while True:
                 receiving = receiving or asyncio.ensure_future(self._receive())
                 waited: set[asyncio.Future[Any]] = {receiving}
                 if self._running is not None:
                     waited.add(self._running.task)
+                else:
+                    waited.add(leaving)  # what runs may end first
                 done, _ = await asyncio.wait(
                     waited, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED
                 )
@@ -113,8 +116,11 @@ class Session:
                         return
                 if self._has_left:
                     return
+                if leaving.done() and self._running is None:
+                    await self._close(SERVICE_RESTART, "connect again")
+                    return
         finally:
-            open_tasks: list[asyncio.Future[Any]] = [] if receiving is None else [receiving]
+            open_tasks: list[asyncio.Future[Any]] = [leaving] if receiving is None else [leaving, receiving]
             if self._running is not None:
                 self._unwatch(self._running)
                 open_tasks.append(self._running.task)

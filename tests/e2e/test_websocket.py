@@ -283,9 +283,9 @@ def is_replica(process: psutil.Process) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def busy(url: str) -> AsyncIterator[ClientConnection]:
+async def busy(url: str, num_tokens: int = 90_000) -> AsyncIterator[ClientConnection]:
     async with opened(url, KEYS["operator"]) as socket:
-        await ask(socket, "double", max_tokens=90_000)
+        await ask(socket, "double", max_tokens=num_tokens)
         await read(socket)
         yield socket
 
@@ -313,11 +313,12 @@ async def test_a_killed_replicas_requests_end_with_frames(tenants):
 
 async def test_open_connections_do_not_keep_a_cluster_from_stopping(tenants):
     url, process, *_ = tenants
-    async with opened(url, KEYS["operator"]) as idle, busy(url) as streaming:
+    # Less than a replica listens on; what takes longer is cut behind HAProxy, and waited for without it.
+    async with opened(url, KEYS["operator"]) as idle, busy(url, 60) as streaming:
         process.send_signal(signal.SIGTERM)
+        assert (await rest(streaming))[-1]["status"] == "completed"
         for socket in (idle, streaming):
-            with contextlib.suppress(ConnectionClosed):
-                while True:
-                    await read(socket)
-            assert socket.close_code in (1001, 1012)
+            with pytest.raises(ConnectionClosed):
+                await read(socket)
+            assert socket.close_code == 1012
         await until(lambda: process.poll() is not None)

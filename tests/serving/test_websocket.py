@@ -281,6 +281,17 @@ async def test_a_failing_engine_ends_the_request_and_then_the_connection(server)
         assert await close_code(socket) == 1013
 
 
+async def test_a_replica_that_is_to_leave_ends_its_answers_and_then_its_connections(server):
+    async with server.connect() as idle, server.connect() as busy:
+        await ask(busy, max_tokens=30, stream=True)
+        await read(busy)
+        server.state.leaving.set()
+        assert await close_code(idle) == 1012
+        done = (await rest(busy))[-1]
+        assert (done["status"], done["usage"]["completion_tokens"]) == ("completed", 30)
+        assert await close_code(busy) == 1012
+
+
 async def test_a_server_that_stops_says_so(server):
     async with server.connect() as socket:
         await ask(socket, max_tokens=5000, ignore_eos=True, stream=True)
