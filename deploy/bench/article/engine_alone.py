@@ -20,21 +20,23 @@ from deploy.bench.engine import Timer
 from engine import EngineConfig
 from engine.checkpoint import open_checkpoint
 from engine.core import EngineCore
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, resolve_device
 from engine.models.config import ModelConfig
 
 Row = dict[str, Any]
 _STEPS = 128  # that a batch is timed for
 _PROMPT = 128
+_HOPPER = (9, 0)
 
 
 def measure(config: EngineConfig, prompts: list[int], batches: list[int], rounds: int) -> Iterator[Row]:
     """Rows of the parts memory, ttft, decode and launches, the path `engine`."""
     checkpoint = open_checkpoint(config.model)
+    rate = _read_rate(config)
     core = EngineCore(config, checkpoint)
     core.warm_up()
     timer = Timer(core, core.model.vocab_size)
-    yield {"part": "memory", **_memory(core, checkpoint.config, config), **_floor(core)}
+    yield {"part": "memory", **_memory(core, checkpoint.config, config), **_floor(core, rate)}
     timer.seconds(1, _PROMPT, 8)
     for num_prompt in prompts:
         seconds = median(timer.seconds(1, num_prompt, 1) for _ in range(max(3, rounds)))
@@ -49,16 +51,25 @@ def measure(config: EngineConfig, prompts: list[int], batches: list[int], rounds
         yield {"part": "launches", "kind": "captured", "per_token": calls_a_token}
 
 
-def _floor(core: EngineCore) -> Row:
-    """What a step must read, and the device's rate: empty where the weights are not the fused kernels'."""
-    if isinstance(core.runner, ModelRunner):
-        return {}
+def _read_rate(config: EngineConfig) -> float | None:
+    """GB/s; None without a Hopper GPU. Measured first: the KV cache leaves no room for what is read."""
+    if resolve_device(config).type != "cuda" or torch.cuda.get_device_capability() != _HOPPER:
+        return None
     from kernels.cuda.bandwidth import read_rate_gb_s
 
+    rate = read_rate_gb_s()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return rate
+
+
+def _floor(core: EngineCore, rate: float | None) -> Row:
+    """What a step must read over the rate; empty where the weights are not the fused kernels'."""
+    if rate is None or isinstance(core.runner, ModelRunner):
+        return {}
     weights = core.runner.weights  # type: ignore[attr-defined]
     tables = 0 if weights.head is weights.embedding else weights.embedding.nbytes
     read_bytes = sum(m.nbytes for m in weights.matrices) - tables
-    rate = read_rate_gb_s()
     return {
         "read_gb_s": round(rate),
         "step_gb": round(read_bytes / 1e9, 3),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from deploy.bench.article import floors
 from deploy.bench.article.results import Results
+from deploy.bench.article.subjects import SUBJECTS
 from engine.models.shapes import SHAPES
 
 Measured = Callable[[Results], str]
@@ -23,9 +24,11 @@ def first_token(shape: str, prompt_tokens: int) -> Measured:
 
 
 def long_answer(shape: str, bits: float, output_tokens: int) -> Measured:
+    names = {s.name for s in SUBJECTS.values() if (s.shape_name, s.bits) == (shape, bits)}
+
     def find(results: Results) -> str:
-        rows = (r for r in results.of("long", shape, "http") if r["output_tokens"] == output_tokens)
-        return next((f"{r['e2e_s']:.2f} s" for r in rows if r["bits"] == bits), "")
+        rows = (r for r in results.of("long", path="http") if r["output_tokens"] == output_tokens)
+        return next((f"{r['e2e_s']:.2f} s" for r in rows if r["shape"] in names and r["bits"] == bits), "")
 
     return find
 

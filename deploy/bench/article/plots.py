@@ -91,8 +91,9 @@ def _floor(results: Results, others: Sequence[Row]) -> Any:
         return None
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(bars)), layout="constrained")
     names, shares, colors, texts = zip(*bars, strict=True)
-    drawn = axes.barh(range(len(bars)), [100 * s for s in shares], color=colors)
-    axes.bar_label(drawn, texts, padding=4, fontsize=8)
+    axes.barh(range(len(bars)), [100 * s for s in shares], color=colors)
+    for place, text in enumerate(texts):
+        axes.text(102, place, text, fontsize=8, verticalalignment="center")
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=1)
@@ -110,7 +111,7 @@ def _streams(results: Results, others: Sequence[Row]) -> Any:
         if model is not None and bits is not None:
             rate = _read_rate(results, shape)
             roof = [floors.batch_tok_s(model, bits, n, rate) for n in _STREAMS]
-            axes.plot(_STREAMS, roof, "-", color="black", alpha=0.5, label="floor of memory and products")
+            axes.plot(_STREAMS, roof, "-", color="black", alpha=0.5, label="roof of memory and products")
         for path, style in (("http", "o-C0"), ("engine", "s--C1")):
             rows = sorted(results.of("decode", shape, path), key=lambda r: r["streams"])
             label = "over HTTP" if path == "http" else "engine alone"

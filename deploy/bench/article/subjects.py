@@ -22,7 +22,8 @@ Kind = Literal["random", "real", "tiny"]
 class Subject:
     """bits: of the layers' matrices on average; None where a checkpoint decides.
 
-    max_num_seqs: most streams at a time, up to which concurrency grows.
+    max_num_seqs: most streams at a time, up to which concurrency grows. shape_name: of SHAPES, for random
+    weights.
     """
 
     name: str
@@ -30,26 +31,28 @@ class Subject:
     kind: Kind
     bits: float | None
     max_num_seqs: int
+    shape_name: str = ""
 
     @property
     def shape(self) -> ModelConfig | None:
-        return SHAPES.get(self.name)
+        return SHAPES.get(self.shape_name)
 
 
 SUBJECTS = {
     s.name: s
     for s in (
-        Subject("3.8b", "3.8B (Phi-3 mini)", "random", 3.25, 256),
-        Subject("8b", "8B (Llama 3)", "random", 4.25, 256),
-        Subject("14b", "14B (Phi-3 medium)", "random", 4.25, 256),
-        Subject("70b", "70B (Llama 3)", "random", 4.0, 128),
-        Subject("123b", "123B (Mistral Large 2)", "random", 3.5, 128),
-        Subject("180b", "180B (dense)", "random", 2.125, 128),
+        Subject("3.8b", "3.8B (Phi-3 mini)", "random", 3.25, 256, "3.8b"),
+        Subject("3.8b-w2", "3.8B (Phi-3 mini), 2 bits", "random", 2.125, 256, "3.8b"),
+        Subject("8b", "8B (Llama 3)", "random", 4.25, 256, "8b"),
+        Subject("14b", "14B (Phi-3 medium)", "random", 4.25, 256, "14b"),
+        Subject("70b", "70B (Llama 3)", "random", 4.0, 128, "70b"),
+        Subject("123b", "123B (Mistral Large 2)", "random", 3.5, 128, "123b"),
+        Subject("180b", "180B (dense)", "random", 2.125, 128, "180b"),
         Subject("smollm2", "SmolLM2-135M, real weights", "real", None, 64),
         Subject("tiny", "two small random layers", "tiny", None, 16),
     )
 }
-DEFAULT_SUBJECTS = ("3.8b", "8b", "14b", "70b", "123b", "180b", "smollm2")
+DEFAULT_SUBJECTS = ("3.8b", "3.8b-w2", "8b", "14b", "70b", "123b", "180b", "smollm2")
 """`tiny` is for tests of the command itself."""
 
 
@@ -65,7 +68,7 @@ def prepare(subject: Subject, directory: Path) -> Path:
         write_random_llama(folder, num_layers=2)
     else:
         shape, bits = subject.shape, subject.bits
-        assert shape is not None, "random subjects are named after their shape"
+        assert shape is not None, "random weights have a shape"
         assert bits is not None, "and have a width"
         write_folder(folder, shape, "bf16", bits)
     return folder

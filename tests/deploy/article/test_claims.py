@@ -63,9 +63,9 @@ def test_ours_stand_beside_the_claims_of_their_kind(tmp_path):
 
 def test_a_row_of_other_bits_is_not_ours(tmp_path):
     results = Results(tmp_path / "article.json")
-    results.add("8b", "long", {"path": "http", "bits": 3.25, "output_tokens": 2000, "e2e_s": 2.0})
-    assert stream_claim("8b", 4.25).ours(results) == ""
-    assert stream_claim("8b", 3.25).ours(results) == "2.00 s"
+    results.add("3.8b-w2", "long", {"path": "http", "bits": 2.125, "output_tokens": 2000, "e2e_s": 1.1})
+    assert stream_claim("3.8b", 3.25).ours(results) == ""
+    assert stream_claim("3.8b", 2.125).ours(results) == "1.10 s"
 
 
 def test_the_score_is_its_formula():
