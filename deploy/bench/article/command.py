@@ -30,7 +30,8 @@ class Request:
 
 def run(request: Request, console: Console) -> None:
     """Raises KeyboardInterrupt where it was interrupted, after the report of what there is was written."""
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the server is ended in order
+    before = signal.signal(signal.SIGTERM, _interrupt)  # so that the server is ended in order
+    request.out.mkdir(parents=True, exist_ok=True)
     try:
         if not request.render_only:
             plan = QUICK if request.quick else FULL
@@ -39,6 +40,7 @@ def run(request: Request, console: Console) -> None:
             options = Options(request.out, request.shapes, plan, request.quantized)
             parts.run(options, console)
     finally:
+        signal.signal(signal.SIGTERM, before)
         results = Results(request.out / "article.json")
         report.write(results, request.out, request.dollars_an_hour, request.peers, console)
 

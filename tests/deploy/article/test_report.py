@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from deploy.bench.article import launches, report
 from deploy.bench.article.plan import QUICK, Options
@@ -12,6 +13,7 @@ from deploy.bench.article.results import Results
 from deploy.bench.article.run import _Shape
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.tables import tables
+from deploy.cli import app
 from tests.deploy.article.rows import MACHINE, filled
 
 
@@ -118,3 +120,14 @@ def test_launches_of_any_depth_from_two():
     assert launches.of_depth({2: 60.0, 4: 100.0}, 32) == pytest.approx(660)
     with pytest.raises(ValueError, match="two depths"):
         launches.of_depth({2: 60.0}, 32)
+
+
+def test_the_command_refuses_unknown_shapes_and_renders_without_measuring(tmp_path):
+    runner = CliRunner()
+    refused = runner.invoke(app, ["bench", "article", "--out", str(tmp_path), "--shapes", "9b"])
+    assert refused.exit_code == 1
+    assert "unknown '9b'" in refused.stderr
+    assert "3.8b" in refused.stderr
+    written = runner.invoke(app, ["bench", "article", "--out", str(tmp_path / "new"), "--render"])
+    assert written.exit_code == 0, written.output
+    assert (tmp_path / "new" / "article.html").exists()
