@@ -125,6 +125,8 @@ class ChatCompletionRequest(SamplingFields):
     seed: Annotated[Seed | None, Field(validation_alias=AliasChoices("seed", "random_seed"))] = None
     """`random_seed` is Mistral's name for it, `safe_prompt` a field of theirs."""
     safe_prompt: Literal[False] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
@@ -208,5 +210,6 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[ChatChoice]
     usage: Usage

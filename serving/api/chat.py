@@ -12,6 +12,7 @@ from serving.api.generation import Job, Presenter, respond
 from serving.chat_schemas import ChatCompletion, ChatCompletionRequest
 from serving.state import ReplicaState
 from serving.strict_json import StrictJsonRoute
+from serving.telemetry.exchange import Exchange
 
 
 def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
@@ -32,7 +33,9 @@ def chat_router(state: ReplicaState, responses: dict[int | str, dict[str, Any]])
                 id_prefix="chatcmpl-",
                 include_usage=bool(body.stream_options and body.stream_options.include_usage),
             )
-            return replace(job, flush=body.flush), ChatPresenter(job, plan)
+            exchange: Exchange = request.state.exchange
+            assert exchange.generation is not None, "`respond` has begun it"
+            return replace(job, flush=body.flush), ChatPresenter(job, plan, exchange.generation.tier)
 
         return await respond(
             request,

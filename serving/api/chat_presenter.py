@@ -30,13 +30,14 @@ from serving.tools import (
 
 
 class ChatPresenter:
-    """One for each request; a parser for each of its choices."""
+    """One for each request; a parser for each of its choices. `tier` is the one that it is served in."""
 
-    def __init__(self, job: Job, plan: ChatPlan) -> None:
+    def __init__(self, job: Job, plan: ChatPlan, tier: str) -> None:
         self._job = job
         self._plan = plan
+        self._tier = tier
         self._parsers: dict[int, ToolCallParser] = {}
-        head = json.dumps(common_fields(job, "chat.completion.chunk"), separators=(",", ":"))[:-1]
+        head = json.dumps(self._common_fields("chat.completion.chunk"), separators=(",", ":"))[:-1]
         if job.include_usage:
             head += ',"usage":null'
         # The constant part of every event, serialized once.
@@ -44,7 +45,7 @@ class ChatPresenter:
 
     def complete(self, choices: dict[tuple[int, int], CollectedChoice], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
-            **common_fields(self._job, "chat.completion"),
+            **self._common_fields("chat.completion"),
             choices=[self._choice(index, choice) for (_, index), choice in sorted(choices.items())],
             usage=usage,
         )
@@ -72,11 +73,14 @@ class ChatPresenter:
     def end(self, usage: Usage) -> bytes:
         if not self._job.include_usage:
             return DONE
-        fields = common_fields(self._job, "chat.completion.chunk")
+        fields = self._common_fields("chat.completion.chunk")
         return event({**fields, "choices": [], "usage": usage.model_dump()}) + DONE
 
     def failure(self, error: ApiError) -> bytes:
         return error_event(error) + DONE
+
+    def _common_fields(self, object_name: str) -> dict[str, Any]:
+        return {**common_fields(self._job, object_name), "service_tier": self._tier}
 
     def _deltas(self, parser: ToolCallParser, output: RequestOutput) -> list[str]:
         if not self._plan.callable_names:  # all is text, as the parser would find in three times the time

@@ -50,3 +50,22 @@ async def test_groqs_base_path(make_client):
         assert (await client.post(f"/openai{CHAT}", json=body)).status_code == 200
         assert (await client.get("/openai/v1/models")).json()["data"]
         assert (await client.get("/openai/status")).status_code == 404
+
+
+@pytest.mark.parametrize(("asked", "served"), [(None, "default"), ("flex", "batch"), ("agent", "agent")])
+async def test_an_answer_names_its_tier(asked, served):
+    """LiteLLM's Groq client fails on answers without one."""
+    answer = await post(ScriptedEngine(["Hello"]), service_tier=asked)
+    assert answer.json()["service_tier"] == served
+    streamed = await post(ScriptedEngine(["Hello"]), service_tier=asked, stream=True)
+    chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n") if line.startswith("data: {")]
+    assert {chunk["service_tier"] for chunk in chunks} == {served}
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"), [("reasoning_effort", "none", "low"), ("verbosity", "medium", "low")]
+)
+async def test_settings_of_reasoning_models(field, neutral, other):
+    assert (await post(ScriptedEngine(["Hello"]), **{field: neutral})).status_code == 200
+    refused = await post(ScriptedEngine(["Hello"]), **{field: other})
+    assert refused.json()["error"]["param"] == field
