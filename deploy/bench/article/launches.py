@@ -21,6 +21,7 @@ from engine.models.config import ModelConfig
 
 _PROMPT, _SHORT, _LONG = 128, 8, 40  # tokens: two lengths of output, whose difference has decoding alone
 _DEPTHS = (2, 4)
+_BLOCK_TOKENS = EngineConfig(model="").block_size
 _LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch")
 _OPS_A_LAYER, _OPS_BESIDE = 11, 4
 """One kernel an operation: 2 norms, qkv, rope, append, attention, o, gate/up, activation, down, add."""
@@ -65,7 +66,12 @@ def main() -> None:
             write_random_llama(Path(directory), depth)
             core = EngineCore(
                 EngineConfig(
-                    directory, device="cuda", dtype="bfloat16", max_model_len=MAX_MODEL_LEN, max_num_seqs=1
+                    directory,
+                    device="cuda",
+                    dtype="bfloat16",
+                    max_model_len=MAX_MODEL_LEN,
+                    num_blocks=MAX_MODEL_LEN // _BLOCK_TOKENS,
+                    max_num_seqs=1,
                 )
             )
             core.warm_up()

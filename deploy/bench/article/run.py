@@ -27,6 +27,8 @@ _MAX_INFLIGHT = 2048  # of the server: every stream of a batch is admitted
 _DRAFTS = 7  # of a step, where speculation is measured: 8 tokens read the weights once
 _HTTP_PARTS = ("server", "ttft", "decode", "long", "workload", "goodput", "integration", "speculation")
 _MACHINE_S = 120.0
+_BUILD_S = 600.0
+_ENGINE_SHARE = 0.45  # of a shape's budget, at most: the rest is for the server
 _LEAST_S = 5.0  # a part that has less left is not begun
 Make = Callable[[aiohttp.ClientSession], AsyncIterator[Row]]
 
@@ -38,7 +40,10 @@ def run(options: Options, console: Console) -> Results:
     )
     machine = _machine()
     with tempfile.TemporaryDirectory(prefix="article-") as directory:
-        unfused = _unfused(options, results, Path(directory)) if "gpu" in machine else {}
+        unfused: dict[int, float] = {}
+        if "gpu" in machine:
+            _compile(options, results)
+            unfused = _unfused(options, results, Path(directory))
         for number, name in enumerate(options.shapes, 1):
             console.print(f"[bold]{name}[/] ({number} of {len(options.shapes)})")
             results.begin(name, machine)
@@ -55,6 +60,15 @@ def _machine() -> Row:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(report.machine).result(_MACHINE_S)
+
+
+def _compile(options: Options, results: Results) -> None:
+    """The CUDA kernels, where that has not been done: minutes that belong to no shape."""
+    results.replace("any", "kernels")
+    try:
+        processes.run("kernels.cuda.build", [], options.out / "logs" / "build.log", _BUILD_S)
+    except processes.ChildError as error:  # the shapes will say what it means for them
+        results.add("any", "kernels", {"failed": str(error)})
 
 
 def _unfused(options: Options, results: Results, directory: Path) -> dict[int, float]:
@@ -148,10 +162,10 @@ class _Shape:
             arguments = [str(config), str(rows), "--rounds", str(self._plan.rounds)]
             arguments += ["--prompts", ",".join(map(str, self._plan.prompts))]
             arguments += ["--batches", ",".join(map(str, batches))]
-            limit_s = self._left(self._plan.start_s + self._plan.part_s)
+            limit_s = min(self._plan.start_s + self._plan.part_s, _ENGINE_SHARE * self._plan.budget_s)
             module = "deploy.bench.article.engine_alone"
             try:
-                processes.run(module, arguments, self._logs / "engine.log", limit_s)
+                processes.run(module, arguments, self._logs / "engine.log", self._left(limit_s))
             finally:  # also what came before it failed
                 for row in _read(rows):
                     self._add(row.pop("part"), row, "engine")
