@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from deploy.bench.article import launches, report
 from deploy.bench.article.plan import QUICK, Options
 from deploy.bench.article.results import Results
-from deploy.bench.article.run import _Shape
+from deploy.bench.article.run import _Shape, _unfused
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.tables import tables
 from deploy.cli import app
@@ -131,3 +132,17 @@ def test_the_command_refuses_unknown_shapes_and_renders_without_measuring(tmp_pa
     written = runner.invoke(app, ["bench", "article", "--out", str(tmp_path / "new"), "--render"])
     assert written.exit_code == 0, written.output
     assert (tmp_path / "new" / "article.html").exists()
+
+
+def test_launches_are_counted_once_for_all_shapes(tmp_path, monkeypatch):
+    def count(module: str, arguments: list[str], log: Path, timeout_s: float) -> None:
+        rows = (
+            {"part": "launches", "kind": "unfused", "layers": n, "per_token": 20.0 * n + 4} for n in (2, 4)
+        )
+        Path(arguments[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr("deploy.bench.article.processes.run", count)
+    results, options = Results(tmp_path / "article.json"), Options(tmp_path, ["tiny"], QUICK)
+    assert _unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
+    monkeypatch.setattr("deploy.bench.article.processes.run", None)
+    assert _unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
