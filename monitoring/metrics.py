@@ -209,8 +209,8 @@ _TENANTS = (
         "peregrine_tenant_refusals_total",
         "counter",
         "requests",
-        "Requests refused to a tenant: a limit was reached (requests, tokens, concurrency), the model or tier is "
-        "not for it, or the limits could not be checked (ledger).",
+        "Requests refused to a tenant: a limit was reached (requests, tokens, concurrency), the model or "
+        "tier is not for it, or the limits could not be checked (ledger).",
         ("tenant", "reason"),
         known={"reason": ("requests", "tokens", "concurrency", "model", "tier", "ledger")},
     ),
@@ -218,8 +218,8 @@ _TENANTS = (
         "peregrine_tenant_ledger_connected",
         "gauge",
         "",
-        "1 while the replica is connected to the ledger of the tenants' limits; at 0 it decides by its share of "
-        "them. Always 0 without tenants.",
+        "1 while the replica is connected to the ledger of the tenants' limits; at 0 it decides by its share "
+        "of them. Always 0 without tenants.",
     ),
 )
 
