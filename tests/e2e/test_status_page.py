@@ -143,7 +143,7 @@ def test_figures_change_after_requests(browser, cluster):
 @SIZES
 def test_the_chat_streams_an_answer_and_remembers(browser, cluster, size):
     with opened(browser, cluster, **size) as page:
-        ask(page, "Count from one to twenty in words.", 60)
+        ask(page, "Tell me a long story about a river.", 400)  # some seconds: a part of it is there before all
         answer = page.locator("#log p:not(.who)").nth(1)
         expect(answer).not_to_be_empty(timeout=ANSWER_MS)
         early = answer.inner_text()
@@ -152,7 +152,7 @@ def test_the_chat_streams_an_answer_and_remembers(browser, cluster, size):
         speed = page.locator("#speed")
         expect(speed).to_have_text(re.compile(r"^first token [\d.,]+ ms · [\d.,]+ tokens/s · \d+ tokens$"))
         tokens = int(speed.inner_text().split()[-2])
-        assert 2 <= tokens <= 60
+        assert 2 <= tokens <= 400
         with page.expect_request("**/v1/chat/completions") as sent:
             page.get_by_label("Message").fill("And now?")
             page.get_by_role("button", name="Send").click()

@@ -242,6 +242,8 @@ async def test_quotas_hold_within_two_percent_over_two_replicas(live, client):
     assert counted["prompt_tokens"] + counted["output_tokens"] == tokens.tokens(SECOND_S + TIMEOUT_S)
     text = "".join(live.metrics())
     assert 'peregrine_tenant_refusals_total{reason="tokens",tenant="by-tokens"}' in text
+    for name in ("requests", "prompt_tokens", "output_tokens"):
+        assert f'peregrine_tenant_{name}_total{{tenant="by-tokens"}}' in text
 
 
 async def test_a_revoked_key_stops_and_what_it_had_in_flight_ends_well(live, client):

@@ -37,6 +37,7 @@ _HAS_NVML = Path("/dev/nvidiactl").exists()
 _EMPTY = {
     "peregrine_gpu_xid_errors_total": "no GPU has reported an error",
     'status=~"5.."': "no request has failed",
+    "peregrine_tenant_": "there are no tenants (tests/e2e/test_tenants.py reads them where there are)",
 }
 
 

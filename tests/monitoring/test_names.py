@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SERIES = {*METRICS, *(series for metric in METRICS.values() for series in metric.series)}
 RECORDED = {record.name for record in RECORDS}
 _NAME = re.compile(r"(?<![\w./-])peregrine(?:_[a-z0-9_:]+|:[a-z0-9_]+:[a-z0-9_]+)")
-# Python's package and distribution, and a task of the quality documentation.
-_OTHERS = {"peregrine_llm", "peregrine_local"}
+# Python's packages and distribution, and a task of the quality documentation.
+_OTHERS = {"peregrine_llm", "peregrine_local", "peregrine_transformers"}
 _SUFFIXES = {".md", ".yaml", ".yml", ".tpl", ".json", ".txt"}
 
 
