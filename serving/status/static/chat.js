@@ -5,6 +5,8 @@ import { milliseconds, rate } from "./format.js";
 const element = (id) => document.getElementById(id);
 const [form, log, prompt, send, stop, clear, speed] = ["form", "log", "prompt", "send", "stop", "clear", "speed"].map(element);
 
+const PAINT_MS = 30;
+
 let conversation = [];
 let running = null;
 let modelName = null;
@@ -76,6 +78,21 @@ function showSpeed(asked, first, last, pieces, tokens, ending) {
   speed.textContent = parts.join(" · ");
 }
 
+// Calls paint soon, and once for all that asked meanwhile: pieces come faster than a page can be laid out, and a page that is laid
+// out for each of them shows none until the last has come.
+function painter(paint) {
+  let timer = 0;
+  const now = () => {
+    clearTimeout(timer);
+    timer = 0;
+    paint();
+  };
+  const soon = () => {
+    timer ||= setTimeout(now, PAINT_MS);
+  };
+  return { soon, now };
+}
+
 async function answer(signal, body) {
   const asked = performance.now();
   const response = await fetch("v1/chat/completions", {
@@ -94,6 +111,13 @@ async function answer(signal, body) {
   });
   if (!response.ok) throw await failure(response);
   const seen = { asked, first: null, last: null, pieces: 0, tokens: null };
+  let held = "";
+  const picture = painter(() => {
+    if (!held) return;
+    addTo(body, held);
+    held = "";
+    showSpeed(asked, seen.first, seen.last, seen.pieces, null, "");
+  });
   try {
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -103,10 +127,11 @@ async function answer(signal, body) {
       seen.last = performance.now();
       seen.first ??= seen.last;
       seen.pieces += 1;
-      addTo(body, text);
-      showSpeed(asked, seen.first, seen.last, seen.pieces, null, "");
+      held += text;
+      picture.soon();
     }
   } finally {
+    picture.now();
     const ending = signal.aborted ? "stopped" : "";
     if (seen.first !== null) showSpeed(asked, seen.first, seen.last, seen.pieces, seen.tokens, ending);
     else if (ending) speed.textContent = ending;
