@@ -262,12 +262,12 @@ class EngineCore:
             total_output_tokens=self._total_output_tokens,
             total_preemptions=scheduler.total_preemptions,
             last_step_s=self._last_step_s,
-            prompt_tokens_per_s=scheduler.prompt_tokens_per_s,
             total_drafts=scheduler.total_drafts,
             total_draft_tokens=scheduler.total_draft_tokens,
             total_accepted_tokens=scheduler.total_accepted_tokens,
             num_preempted=scheduler.num_preempted,
             step_cost=self._step_costs.cost,
+            token_budget=scheduler.token_budget,
         )
 
     def _emit(self, request: Request, tokens: list[SampledToken]) -> list[TokenOutput]:

@@ -112,8 +112,6 @@ class EngineStats:
     total_output_tokens: int
     total_preemptions: int
     last_step_s: float
-    prompt_tokens_per_s: float = 0.0
-    """At which prompts are computed while they are; 0 while it is unknown."""
     total_drafts: int = 0
     """Verifications of one sequence's drafts; each brought 1 + accepted / drafts tokens in the mean."""
     total_draft_tokens: int = 0
@@ -122,6 +120,21 @@ class EngineStats:
     """Of those that wait: gave up their blocks, and compute their tokens again."""
     step_cost: StepCost | None = None
     """Measured while warming up, and by every step since."""
+    token_budget: int = 512
+    """Most tokens of a step."""
+
+    def prompts_s(self, num_tokens: int) -> float:
+        """Seconds in which so many prompt tokens are computed, with no decodes beside them; 0 while unknown.
+
+        By the steps, for a step of few tokens takes nearly as long as one of many: no mean rate holds for both.
+        """
+        return 0.0 if self.step_cost is None else self.step_cost.prompts_s(num_tokens, self.token_budget)
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """At which a long prompt is computed; 0 while unknown."""
+        seconds = self.prompts_s(self.token_budget)
+        return self.token_budget / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

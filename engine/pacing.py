@@ -75,11 +75,6 @@ class StepPacer:
         else:
             self._stretch = _average(self._stretch, cost / self._profiled_s(num_prompt_tokens))
 
-    @property
-    def prompt_tokens_per_s(self) -> float:
-        """Without the time that decodes beside them take; 0 while it is unknown."""
-        return self._rate or 0.0
-
     def max_prompt_tokens(self, num_decodes: int, budget: int, num_waiting_tokens: int = 0) -> int:
         """Of a step's token budget, how many may be prompt tokens, of `num_waiting_tokens` to be computed."""
         is_unknown = self._rate is None and not self.profile

@@ -227,11 +227,6 @@ class Scheduler:
         """A step took so long: the next prompt chunks are sized by it."""
         self.pacer.observe(output.num_decodes, output.num_prompt_tokens, seconds)
 
-    @property
-    def prompt_tokens_per_s(self) -> float:
-        """At which prompts are computed while they are; 0 while it is unknown."""
-        return self.pacer.prompt_tokens_per_s
-
     def run_ahead(self, output: SchedulerOutput) -> None:
         """The step was launched: go on planning before `update` takes its results in."""
         self._in_flight.append(output)

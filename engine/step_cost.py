@@ -32,6 +32,11 @@ class StepCost:
         prefill_s = self.prefill_step_s + num_prompt_tokens * self.prefill_token_s
         return self.base_s + num_decodes * self.per_decode_s + (prefill_s if num_prompt_tokens else 0.0)
 
+    def prompts_s(self, num_tokens: int, token_budget: int) -> float:
+        """Of the steps that compute so many prompt tokens, with no decodes beside them."""
+        num_steps = -(-num_tokens // token_budget)
+        return num_steps * (self.base_s + self.prefill_step_s) + num_tokens * self.prefill_token_s
+
 
 @dataclass(slots=True)
 class _Kind:

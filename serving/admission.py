@@ -53,13 +53,13 @@ class _Error:
 class Admission:
     """Counts the requests of one replica, and foresees when a prompt would have its first token.
 
-    The forecast: prompt tokens that are due no later and no less important, the own ones included, over the
-    rate at which the engine computes prompts. What it leaves out (the step that runs, the streams beside it)
+    The forecast: what the engine's steps take for the prompt tokens that are due no later and no less
+    important, the own ones included. What it leaves out (the step that runs, the streams beside it)
     shows as its error, whose mean and mean deviation are followed; a deadline is expected to be kept when
     forecast, mean error and some deviations fit (as TCP sets its timeouts: Jacobson 1988). Each priority has
     its own errors: where places run out, the important take them from others, who wait; that these wait for
     those at least as important to leave is part of the forecast. Errors are forgotten with time: who refuses
-    everything learns nothing. Nothing is refused before there is a rate.
+    everything learns nothing. Nothing is refused before steps were measured.
 
     max_num_seqs: places in the engine's batch; None leaves them out of the forecast.
     """
@@ -69,7 +69,7 @@ class Admission:
     clock: Callable[[], float] = time.monotonic
     max_num_seqs: int | None = None
     num_inflight: int = 0
-    tokens_per_s: float = 0.0  # the engine's
+    prompts_s: Callable[[int], float] = field(default=lambda num_tokens: 0.0)  # the latest `EngineStats`'
     attainment: Attainment = field(default_factory=Attainment)
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _open: dict[int, int] = field(default_factory=dict)  # priorities of those in the engine
@@ -95,15 +95,13 @@ class Admission:
             self.num_inflight -= 1
 
     def predicted_ttft_s(self, urgency: Urgency, num_tokens: int) -> float:
-        """Seconds from now to the first token of a prompt so urgent; 0 while the rate is unknown."""
-        if not self.tokens_per_s:
-            return 0.0
+        """Seconds from now to the first token of a prompt so urgent."""
         ahead = sum(
             p.num_tokens
             for p in self._pending.values()
             if p.urgency.deadline <= urgency.deadline and p.urgency.priority <= urgency.priority
         )
-        return (ahead + num_tokens) / self.tokens_per_s + self._wait_for_a_place_s(urgency.priority)
+        return self.prompts_s(ahead + num_tokens) + self._wait_for_a_place_s(urgency.priority)
 
     def _wait_for_a_place_s(self, priority: int) -> float:
         """Those that give no place to this priority leave one by one over a mean answer's time."""

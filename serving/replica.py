@@ -46,9 +46,6 @@ EngineFactory = Callable[[EngineConfig], Awaitable[InferenceEngine]]
 # Serve takes a replica for unhealthy after three failed checks in a row.
 HEALTH_CHECK_PERIOD_S = 2.0
 _HEALTH_CHECK_MARGIN_S = 5.0
-# Where the engine chooses its token budget by its device, this is told to routers: their residuals learn the
-# rest.
-_CHUNK_TOKENS = 512
 _PEERS_TIMEOUT_S = 1.5
 _LEDGER_WAIT_S = 10.0
 
@@ -205,7 +202,7 @@ class Replica:
         return Hello(
             self._name,
             config.max_num_seqs,
-            config.token_budget or _CHUNK_TOKENS,
+            stats.token_budget,
             stats.num_blocks * config.block_size,
         )
 
@@ -222,10 +219,9 @@ class Replica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `serving.autoscaling_policy` goes by."""
         stats, admission = self._engine.stats(), self._state.admission
-        rate = stats.prompt_tokens_per_s
         num_kept, num_deadlines = admission.attainment.counts(admission.clock())
         return {
-            "backlog_s": stats.num_waiting_tokens / rate if rate > 0 else 0.0,
+            "backlog_s": stats.prompts_s(stats.num_waiting_tokens),
             "busy": admission.num_inflight / self._config.max_num_seqs,
             "num_kept": num_kept,
             "num_deadlines": num_deadlines,

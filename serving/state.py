@@ -107,7 +107,7 @@ class ReplicaState:
         Raises ApiError 429 when those of the tier are taken, 503 when not ready.
         """
         engine = self.engine
-        self.admission.tokens_per_s = engine.stats().prompt_tokens_per_s
+        self.admission.prompts_s = engine.stats().prompts_s
         with self.admission.place(service):
             yield engine
 

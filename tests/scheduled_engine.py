@@ -45,8 +45,8 @@ class ScheduledEngine(TimedEngine):
             total_output_tokens=self._output_tokens,
             total_preemptions=scheduler.total_preemptions,
             last_step_s=self._last_step_s,
-            prompt_tokens_per_s=scheduler.prompt_tokens_per_s,
             step_cost=self.speed.cost,
+            token_budget=CHUNK_TOKENS,
         )
 
     def _enter(

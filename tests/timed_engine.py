@@ -169,8 +169,8 @@ class TimedEngine:
             total_output_tokens=self._output_tokens,
             total_preemptions=0,
             last_step_s=self._last_step_s,
-            prompt_tokens_per_s=1 / self.speed.prefill_token_s,
             step_cost=self.speed.cost,
+            token_budget=CHUNK_TOKENS,
         )
 
     def drain_timings(self) -> list[RequestTimings]:

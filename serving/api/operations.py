@@ -43,8 +43,13 @@ def operations_router(state: ReplicaState, responses: dict[int | str, dict[str, 
     @router.get("/stats", tags=["operations"], responses=responses)
     async def stats() -> Stats:
         """Load and counters of the replica that answers."""
-        values = dataclasses.asdict(state.engine.stats())
-        return Stats(replica=state.replica, num_inflight=state.admission.num_inflight, **values)
+        now = state.engine.stats()
+        return Stats(
+            replica=state.replica,
+            num_inflight=state.admission.num_inflight,
+            prompt_tokens_per_s=now.prompt_tokens_per_s,
+            **dataclasses.asdict(now),
+        )
 
     @router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics() -> Response:

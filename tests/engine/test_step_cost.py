@@ -89,4 +89,6 @@ def test_a_core_has_measured_itself_before_its_first_request(tmp_path):
     assert cost is not None
     assert cost.step_s(1, 0) > 0
     assert cost.prefill_token_s > 0
+    assert core.stats().token_budget == core.runner.token_budget
+    assert core.stats().prompt_tokens_per_s > 0
     assert core.stats().num_free_blocks == core.stats().num_blocks

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from engine import ParameterError, Urgency
+from engine import EngineStats, ParameterError, StepCost, Urgency
+from engine.step_cost import StepCostMeter
 from monitoring import Recorder
 from serving.admission import Admission
 from serving.errors import ApiError
@@ -25,6 +26,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def a_thousand_tokens_a_second(num_tokens: int) -> float:
+    return num_tokens / 1000
 
 
 def make_admission(**settings) -> Admission:
@@ -95,7 +100,7 @@ async def _start(admission: Admission, gate: asyncio.Event, tier: str, num_token
 async def test_forecasts_count_what_is_due_no_later():
     admission, gate = make_admission(), asyncio.Event()
     assert admission.predicted_ttft_s(Urgency(math.inf, 9), 10**6) == 0  # nothing is known yet
-    admission.tokens_per_s = 1000.0
+    admission.prompts_s = a_thousand_tokens_a_second
     waiting = [await _start(admission, gate, t, n) for t, n in (("batch", 5000), ("voice", 100))]
     arrival = admission.clock.now
     assert admission.predicted_ttft_s(Urgency(arrival + 0.2, 0), 50) == pytest.approx(
@@ -117,9 +122,27 @@ async def test_forecasts_count_what_is_due_no_later():
     assert admission.predicted_ttft_s(Urgency(arrival + 500, 9), 0) == 0
 
 
+def test_a_forecast_after_tiny_prompts_is_that_of_the_steps_of_a_long_one():
+    admission, meter = make_admission(), StepCostMeter()
+    true = StepCost(base_s=0.02, per_decode_s=0.001, prefill_step_s=0.0, prefill_token_s=0.0002)
+    for num_tokens in (16, 256, *[2] * 1000):
+        meter.observe(0, num_tokens, true.step_s(0, num_tokens))
+    stats = EngineStats(*[0] * 11, last_step_s=0.02, step_cost=meter.cost, token_budget=512)
+    admission.prompts_s = stats.prompts_s
+    urgency = Urgency(admission.clock.now + 1, 0)
+    assert admission.predicted_ttft_s(urgency, 4) == pytest.approx(0.0208, rel=0.01)
+    assert admission.predicted_ttft_s(urgency, 1000) == pytest.approx(2 * 0.02 + 0.2, rel=0.01)
+    assert stats.prompt_tokens_per_s == pytest.approx(512 / (0.02 + 0.1024), rel=0.01)
+
+
+def test_nothing_is_forecast_before_steps_were_measured():
+    stats = EngineStats(*[0] * 11, last_step_s=0.0)
+    assert stats.prompts_s(1000) == stats.prompt_tokens_per_s == 0
+
+
 async def test_forecasts_learn_from_their_errors():
     admission = make_admission()
-    admission.tokens_per_s = 1000.0
+    admission.prompts_s = a_thousand_tokens_a_second
     for _ in range(30):  # 10 ms are forecast, 110 pass
         gate = asyncio.Event()
         admission.clock.now = 100.0
@@ -138,7 +161,7 @@ async def test_forecasts_learn_from_their_errors():
 
 async def test_the_errors_of_those_who_wait_for_a_place_are_not_those_of_who_takes_one():
     admission = make_admission()
-    admission.tokens_per_s = 1000.0
+    admission.prompts_s = a_thousand_tokens_a_second
     for _ in range(10):
         gate = asyncio.Event()
         admission.clock.now = 100.0
@@ -154,7 +177,7 @@ async def test_the_errors_of_those_who_wait_for_a_place_are_not_those_of_who_tak
 
 async def test_forecasts_count_places_that_only_the_less_important_give():
     admission = make_admission()
-    admission.max_num_seqs, admission.tokens_per_s = 2, 1000.0
+    admission.max_num_seqs, admission.prompts_s = 2, a_thousand_tokens_a_second
     arrival = admission.clock.now
     for tier in ("voice", "batch"):  # an answer takes 0.4 s
         gate = asyncio.Event()
