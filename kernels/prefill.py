@@ -19,23 +19,24 @@ from kernels.types import AttentionWeights
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+LINE_BYTES = 128  # of a token, in the tiled forms
 TILED_MAX = 1024.0  # far from float16's limits on both sides
 _BOUND_MAX = 32768.0
 
-Form = Literal["bf16", "fp8", "tiled"]
-"""Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" float16 in the order of `tiled`."""
+Form = Literal["bf16", "fp8", "tiled", "tiled_fp8"]
+"""Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" float16 and "tiled_fp8" e4m3 in the order of `tiled`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """A matrix's input [T, K]: bfloat16, or e4m3 or `tiled` float16 with scale float32 [T]."""
+    """A matrix's input [T, K]: bfloat16, or (with scale float32 [T]) e4m3, or float16 or e4m3 that is `tiled`."""
 
     values: Tensor
     scale: Tensor | None = None
 
     @property
     def padded_tokens(self) -> int:
-        """Of the tiled form."""
+        """Of a tiled form."""
         return self.values.shape[-2]
 
 
@@ -104,39 +105,45 @@ def quantize(x: Tensor, form: Form = "fp8", bound: Bound | None = None) -> Activ
         return Activations(tiled((x.float() * bound.inverse).half()), bound.scale[: len(x)])
     if form == "bf16":
         return Activations(x.bfloat16())
-    scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / (FP8_MAX if form == "fp8" else TILED_MAX)
-    values = x.float() / scale.unsqueeze(1)
-    return Activations(values.to(FP8) if form == "fp8" else tiled(values.half()), scale)
+    scale = x.float().abs().amax(dim=1).clamp_min(1e-20) / (TILED_MAX if form == "tiled" else FP8_MAX)
+    values = (x.float() / scale.unsqueeze(1)).to(torch.float16 if form == "tiled" else FP8)
+    return Activations(values if form == "fp8" else tiled(values), scale)
 
 
 def padded_tokens(num_tokens: int) -> int:
-    """Tokens of the tiled form: eight are swizzled together."""
+    """Tokens of the tiled forms: eight are swizzled together."""
     return -(-num_tokens // 8) * 8
 
 
-def empty_tiled(num_tokens: int, width: int, device: torch.device) -> Tensor:
-    """Room for the tiled form: zeros behind the last column, the rest is undefined."""
-    lines = -(-width // UNIT_COLUMNS) * (UNIT_COLUMNS // 64)
+def empty_tiled(
+    num_tokens: int, width: int, device: torch.device, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """Room for a tiled form: zeros behind the last column, the rest is undefined."""
+    columns = LINE_BYTES // dtype.itemsize
+    lines = -(-width // UNIT_COLUMNS) * (UNIT_COLUMNS // columns)
     make = torch.empty if width % UNIT_COLUMNS == 0 else torch.zeros
-    return make(lines, padded_tokens(num_tokens), 64, dtype=torch.float16, device=device)
+    return make(lines, padded_tokens(num_tokens), columns, dtype=dtype, device=device)
 
 
 def tiled(values: Tensor) -> Tensor:
-    """float16 [T, K] as [lines, padded tokens, 64], as the tensor cores read it from shared memory.
+    """float16 [T, K] as [lines, padded tokens, 64], or e4m3 as [lines, padded tokens, 128].
 
-    A line is 64 columns, zeros behind the last ones up to a multiple of 256. Of every 32 columns, column
-    8 q + 4 h + 2 i + j lies at 16 h + 8 j + 2 q + i: what a lane unpacks of the weights is its part of the
-    fragment (src/prompt.cu); 16-byte piece c of token t at place c ^ (t % 8), so that eight tokens' pieces
-    are in different banks.
+    That is how the tensor cores read it from shared memory. A line is 128 bytes a token, zeros behind the last
+    column up to a multiple of 256. Of every 32 columns, column 8 q + 4 h + 2 i + j lies at 16 h + 8 j + 2 q + i,
+    of e4m3 at 16 h + 4 q + 2 j + i: what a lane unpacks of the weights is its part of the fragment
+    (src/prompt.cu, src/prompt_fp8.cu). 16-byte piece c of token t lies at place c ^ (t % 8), so that eight
+    tokens' pieces are in different banks.
     """
     (num_tokens, k), padded = values.shape, padded_tokens(len(values))
     width = -(-k // UNIT_COLUMNS) * UNIT_COLUMNS
     given = torch.zeros(padded, width, dtype=values.dtype, device=values.device)
     given[:num_tokens, :k] = values
-    ordered = given.view(padded, -1, 4, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(padded, -1, 8, 8)
+    order = (0, 1, 3, 5, 2, 4) if values.itemsize == 2 else (0, 1, 3, 2, 5, 4)
+    ordered = given.view(torch.uint8).view(padded, -1, 4, 2, 2, 2, values.itemsize).permute(*order, 6)
+    pieces = ordered.reshape(padded, -1, 8, 16)
     token, piece = torch.arange(padded).unsqueeze(1), torch.arange(8)
-    swizzled = ordered[token, :, piece ^ (token % 8)]  # [tokens, pieces, lines, 8]: xor is its own inverse
-    return swizzled.permute(2, 0, 1, 3).reshape(-1, padded, 64)
+    swizzled = pieces[token, :, piece ^ (token % 8)]  # [tokens, pieces, lines, 16]: xor is its own inverse
+    return swizzled.permute(2, 0, 1, 3).reshape(-1, padded, LINE_BYTES).view(values.dtype)
 
 
 def add(x: Tensor, out: Product, bias: Tensor | None, post_norm: Tensor | None, eps: float) -> None:

@@ -1,8 +1,8 @@
 """The decoder layers as a chain of products and what lies between them, for prompt chunks and large batches.
 
-Up to 256 tokens a product reads the packed weights, its input in float16. For more a matrix is unpacked into
-one scratch buffer, as large as the largest, right before its use, and multiplied by cuBLAS. Sums, residual
-stream, norms and rotation are float32, outputs of products bfloat16.
+Up to 256 tokens a product reads the packed weights, its input in float16; beyond, if it may be e4m3, up to 1,024
+too. Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right before its use, and
+multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of products bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from engine.cuda.bounds import largest_gated, largest_output
 from engine.cuda.weights import DeviceWeights, matrix_of
 from engine.models.config import ModelConfig
 from kernels import AttentionWeights, FFNWeights
-from kernels.cuda import prompt, tables
+from kernels.cuda import prompt, prompt_fp8, tables
 from kernels.cuda.packing import DeviceWeight
 from kernels.prefill import FP8, Activations, Bound, Form, Product
 
@@ -26,7 +26,10 @@ Caches = Sequence[tuple[Tensor, Tensor]]
 Pending = tuple[Product, Tensor | None, Tensor | None]
 """What is to be added to the residual stream: a product, its bias, the norm behind it."""
 
-DIRECT_TOKENS = 256  # at most are multiplied by packed weights; for more, unpacking them once is faster
+DIRECT_TOKENS = (
+    256  # at most are multiplied by packed weights in float16; for more, unpacking them once is faster
+)
+DIRECT_FP8_TOKENS = 1024  # the same in e4m3
 _FP8_BITS = 4  # wider codes lose more to e4m3's three bits of mantissa than they lost to rounding
 
 
@@ -45,7 +48,9 @@ class Matrix:
         """Of its input."""
         if self.units is not None and num_tokens <= DIRECT_TOKENS:
             return "tiled"
-        return "bf16" if self.fp8_units is None else "fp8"
+        if self.fp8_units is None:
+            return "bf16"
+        return "tiled_fp8" if self.units is not None and num_tokens <= DIRECT_FP8_TOKENS else "fp8"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,9 +126,12 @@ class Layers:
 
     def multiply(self, x: Activations, matrix: Matrix) -> Product:
         """x times the matrix, transposed."""
-        if x.values.dim() == 3:
+        if x.values.dtype == torch.float16:
             assert matrix.units is not None
             return prompt.multiply(matrix.weight, matrix.units, x)
+        if x.values.dim() == 3:
+            assert matrix.fp8_units is not None
+            return prompt_fp8.multiply(matrix.weight, matrix.fp8_units, x)
         if matrix.fp8_units is None:
             dense = tables.dequantize(matrix.weight, out=self._scratch.view(torch.bfloat16))
             return Product(x.values @ dense.T)

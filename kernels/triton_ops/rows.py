@@ -11,7 +11,7 @@ _UNIT = tl.constexpr(UNIT_COLUMNS)
 _FP8_MAX, _TILED_MAX = tl.constexpr(FP8_MAX), tl.constexpr(TILED_MAX)
 _VALUES_PER_WARP = 512  # of a row in registers: 16 floats a lane
 _FEW_ROWS = 64
-FORMS = {"bf16": 0, "fp8": 1, "tiled": 2}
+FORMS = {"bf16": 0, "fp8": 1, "tiled": 2, "tiled_fp8": 3}
 
 
 @triton.jit
@@ -48,6 +48,14 @@ def tiled_place(row, at, padded):
 
 
 @triton.jit
+def tiled_fp8_place(row, at, padded):
+    """The same for e4m3."""
+    place = (at & -32) | ((at >> 2 & 1) << 4) | ((at >> 3 & 3) << 2) | ((at & 1) << 1) | (at >> 1 & 1)
+    piece = (place >> 4 & 7) ^ (row & 7)
+    return ((place >> 7) * padded + row) * 128 + piece * 16 + (place & 15)
+
+
+@triton.jit
 def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
     """A whole row of a matrix's input; value is zero from `width` on. FORM: see FORMS."""
     if FORM > 0:
@@ -55,8 +63,8 @@ def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: t
         largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-20)
         tl.store(scale_ptr + row, largest / LIMIT)
         value *= LIMIT / largest
-    if FORM == 2:
-        to = tiled_place(row, at, padded)
+    if FORM >= 2:
+        to = tiled_place(row, at, padded) if FORM == 2 else tiled_fp8_place(row, at, padded)
         mask = at < (width + _UNIT - 1) // _UNIT * _UNIT
     else:
         to = row * width + at
@@ -70,7 +78,8 @@ def outputs(num_tokens: int, width: int, form: Form, device: torch.device) -> Ac
     scale = torch.empty(num_tokens, device=device)
     if form == "fp8":
         return Activations(torch.empty(num_tokens, width, dtype=FP8, device=device), scale)
-    return Activations(empty_tiled(num_tokens, width, device), scale)
+    dtype = torch.float16 if form == "tiled" else FP8
+    return Activations(empty_tiled(num_tokens, width, device, dtype), scale)
 
 
 def row_shape(width: int, num_rows: int) -> tuple[int, int]:

@@ -51,11 +51,12 @@ def check(got: Activations, expected: Activations) -> None:
         return
     num_tokens = len(got.scale)
     torch.testing.assert_close(got.scale, expected.scale, rtol=1e-5, atol=0)
-    if got.values.dim() == 3:  # lines of 64 columns; nothing is said of the padding tokens
-        lines = [a.values[:, :num_tokens].float() for a in (got, expected)]
-        torch.testing.assert_close(*lines, rtol=2e-3, atol=prefill.TILED_MAX * 1e-6)
+    # Of tiles, whose rows are [lines, tokens], nothing is said of the padding tokens.
+    rows = [a.values[..., :num_tokens, :].float() for a in (got, expected)]
+    if got.values.dtype == torch.float16:
+        torch.testing.assert_close(*rows, rtol=2e-3, atol=prefill.TILED_MAX * 1e-6)
         return
-    values = [a.values.float() * a.scale.unsqueeze(1) for a in (got, expected)]
+    values = [r * a.scale.unsqueeze(1) for r, a in zip(rows, (got, expected), strict=True)]
     off = (values[0] - values[1]).abs()
     # Triton's interpreter halves what rounds up to a power of two, about every twentieth value.
     share = 0.02 if DEVICE == "cuda" else 0.15
@@ -66,7 +67,7 @@ def check(got: Activations, expected: Activations) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("hidden", [64, 416])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled", "tiled_fp8"])
 @pytest.mark.parametrize("extras", ["nothing", "product", "scales", "splits", "bias", "post_norm"])
 def test_normalize(tokens, hidden, form, extras):
     x, norm, options = randn(tokens, hidden) * 3, randn(hidden, seed=1), {}
@@ -98,7 +99,7 @@ def test_add(has_extras):
 @pytest.mark.parametrize(
     "x", [randn(4, 80) * 100, torch.zeros(2, 80, device=DEVICE)], ids=["random", "zeros"]
 )
-@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled", "tiled_fp8"])
 def test_quantize(x, form):
     got = triton_prefill.quantize(x.bfloat16(), form)
     check(got, prefill.quantize(x.bfloat16(), form))
@@ -107,7 +108,7 @@ def test_quantize(x, form):
 
 
 @pytest.mark.parametrize("ffn", [32, 416])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "tiled", "tiled_fp8"])
 @pytest.mark.parametrize("has_extras", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gate(ffn, form, has_extras, activation):
@@ -231,17 +232,18 @@ def test_attend_next(heads, kv_heads, dim, form, extras, window, programs, monke
         assert relative_error(a.nan_to_num(), b.nan_to_num()) < BF16
 
 
-def test_tiles_hold_every_value_once():
-    values = torch.arange(70 * 300).view(70, 300).remainder(2039).half()  # exact
-    lines = prefill.tiled(values)
-    assert lines.shape == (8, 72, 64)
+@pytest.mark.parametrize("dtype", [torch.float16, prefill.FP8])
+def test_tiles_hold_every_value_once(dtype):
+    largest = 2039 if dtype == torch.float16 else 17  # exact
+    values = torch.arange(70 * 300).view(70, 300).remainder(largest).to(dtype)
+    lines, columns = prefill.tiled(values), 128 // dtype.itemsize
+    assert lines.shape == (512 // columns, 72, columns)
     for t, c in ((0, 0), (69, 299), (13, 45), (7, 130), (64, 255)):
         q, h, i, j = c // 8 % 4, c // 4 % 2, c // 2 % 2, c % 2
-        place = c % 64 // 32 * 32 + 16 * h + 8 * j + 2 * q + i
-        assert lines[c // 64, t, (place // 8 ^ t % 8) * 8 + place % 8] == values[t, c]
-    assert float(lines.sum(dtype=torch.float64)) == float(
-        values.sum(dtype=torch.float64)
-    )  # the rest is zeros
+        inside = 8 * j + 2 * q + i if dtype == torch.float16 else 4 * q + 2 * j + i
+        place, own = c % columns // 32 * 32 + 16 * h + inside, 16 // dtype.itemsize
+        assert lines[c // columns, t, (place // own ^ t % 8) * own + place % own] == values[t, c]
+    assert float(lines.double().sum()) == float(values.double().sum())  # the rest is zeros
 
 
 def test_products_know_their_scales():

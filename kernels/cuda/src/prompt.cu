@@ -54,19 +54,6 @@ __device__ __forceinline__ void consumers_wait(int tiles) {
   asm volatile("bar.sync 1, %0;" ::"r"(32 * tiles) : "memory");
 }
 
-struct Place {
-  const Segment* matrix;  // null: there is no such tile
-  int tile;
-};
-
-__device__ __forceinline__ Place place_of_tile(const Pieces& pieces, int tile) {
-  for (int i = 0; i < pieces.count; ++i) {
-    if (tile < pieces.segments[i].num_tiles) return {&pieces.segments[i], tile};
-    tile -= pieces.segments[i].num_tiles;
-  }
-  return {nullptr, 0};
-}
-
 // A warp's tile; of a gated product the first half of the warps take gate's, the others the same ones of up.
 __device__ __forceinline__ Place place_of_warp(const Prompt& p, int warp) {
   if (!p.is_gated) return place_of_tile(p.pieces, blockIdx.y * p.tiles + warp);

@@ -24,3 +24,17 @@ struct Turn {
   __device__ __forceinline__ void wait_full(const Ring& ring) const { mbarrier_wait(&ring.full[stage], parity); }
   __device__ __forceinline__ void wait_empty(const Ring& ring) const { mbarrier_wait(&ring.empty[stage], parity ^ 1); }
 };
+
+// A tile of a matrix.
+struct Place {
+  const Segment* matrix;  // null: there is no such tile
+  int tile;
+};
+
+__device__ __forceinline__ Place place_of_tile(const Pieces& pieces, int tile) {
+  for (int i = 0; i < pieces.count; ++i) {
+    if (tile < pieces.segments[i].num_tiles) return {&pieces.segments[i], tile};
+    tile -= pieces.segments[i].num_tiles;
+  }
+  return {nullptr, 0};
+}
