@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
 
-from fastapi import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import ApiError
@@ -22,8 +21,11 @@ class ClientGone(Exception):
     """The client closed the connection before it had its answer."""
 
 
-class SseResponse(StreamingResponse):
+class SseResponse(Response):
     """Server-sent events from a generator, which is closed at once when the client leaves.
+
+    Starlette's StreamingResponse starts a task to send from: a first chunk that is there already would wait
+    for it, and for the engine's thread each time.
 
     guard: ends the stream with `last_words` if this process is killed.
     """
@@ -34,27 +36,30 @@ class SseResponse(StreamingResponse):
         self, chunks: AsyncGenerator[bytes, None], guard: StreamGuard | None, last_words: bytes
     ) -> None:
         # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
-        headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, headers=headers)
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
         self._chunks = chunks
         self._guard = guard
         self._last_words = last_words
-        self._scope: Scope = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
-        await super().__call__(scope, receive, send)
-
-    async def stream_response(self, send: Send) -> None:
         watch = None
         if self._guard is not None:
-            watch = self._guard.watch(self._scope, chunked(self._last_words))
+            watch = self._guard.watch(scope, chunked(self._last_words))
         try:
             async with contextlib.aclosing(self._chunks):
-                await super().stream_response(send)
+                with contextlib.suppress(ClientGone):
+                    await unless_client_leaves(receive, self._send(send))
         finally:
             if watch is not None and self._guard is not None:
                 self._guard.release(watch)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(payload: object) -> bytes:
@@ -66,25 +71,29 @@ def error_event(error: ApiError) -> bytes:
     return event(error.body().model_dump())
 
 
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], deadline: float) -> T:
+async def unless_client_leaves(receive: Receive, work: Awaitable[T], deadline: float | None = None) -> T:
     """Await `work`, cancelling it when the client disconnects or the loop's clock passes `deadline`.
+
+    In the caller's own task: what `work` waits for wakes that, and nothing in between.
 
     Raises ClientGone, TimeoutError, or what `work` raises.
     """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnect(request))
+    loop = asyncio.get_running_loop()
+    watcher = None
     try:
-        timeout = deadline - asyncio.get_running_loop().time()
-        await asyncio.wait({task, watcher}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone if watcher.done() else TimeoutError
+        async with asyncio.timeout_at(deadline) as limit:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                limit.reschedule(loop.time())
+
+            watcher = loop.create_task(watch())
+            return await work
+    except TimeoutError:
+        if watcher is not None and watcher.done():
+            raise ClientGone from None
+        raise
     finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        if watcher is not None:
+            watcher.cancel()

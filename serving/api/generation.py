@@ -173,22 +173,23 @@ async def respond(
         if not is_stream:
             try:
                 work = _collect(outputs, presenter, flight, made)
-                body = await unless_client_leaves(request, work, deadline)
+                body = await unless_client_leaves(request.receive, work, deadline)
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
             return Response(body.model_dump_json(), media_type="application/json")
         assert isinstance(presenter, Presenter), f"{operation} is not streamed"
         if job.flush != "token":
             outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
+        last_words = presenter.failure(from_engine(_KILLED))  # now, while the engine has the time
         try:
-            first = await unless_client_leaves(request, anext(outputs), deadline)
+            first = await unless_client_leaves(request.receive, anext(outputs), deadline)
         except ClientGone:
             return Response(status_code=CLIENT_GONE)
         if flight is not None:
             flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
     chunks = _stream(state, outputs, first, presenter, deadline, flight, exchange)
-    return SseResponse(chunks, state.guard, last_words=presenter.failure(from_engine(_KILLED)))
+    return SseResponse(chunks, state.guard, last_words)
 
 
 def _began(made: Generation, flight: Flight | None, output: RequestOutput) -> None:

@@ -33,6 +33,9 @@ from serving.routing.prefix_index import PrefixIndex
 logger = logging.getLogger(__name__)
 
 _REPORT_PERIOD_S = 0.25
+# Events are collected for so long: each message wakes every router, just when a prompt is to go to the engine
+# or a first chunk to the client.
+_COLLECT_S = 0.001
 _CONNECT_TIMEOUT_S = 2.0
 # A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
 _MAX_UNSENT_BYTES = 2**20
@@ -103,11 +106,13 @@ class RouterLinks:
         self._links: dict[str, _Link] = {}
         self._open: dict[str, Flight] = {}
         self._held = PrefixIndex(1, _MAX_HELD_BLOCKS)
+        self._unsent: list[Message] = []
 
     def connect(self, address: str) -> None:
         """Report to the router at host:port from now on, if that is not so already."""
         if address in self._links and not self._links[address].is_closed:
             return
+        self._flush()  # what is open tells the new one all of it
         self._links = {address: link for address, link in self._links.items() if not link.is_closed}
         held = self._held.held(0)
         known: list[Message] = [Held(held)] if held else []
@@ -130,6 +135,7 @@ class RouterLinks:
         return flight
 
     async def close(self) -> None:
+        self._flush()
         for link in self._links.values():
             await link.close()
 
@@ -140,8 +146,17 @@ class RouterLinks:
             # Only now: the prompt's blocks are there.
             prefixes = self._open[message.flight_id].prefixes
             self._held.add(0, PrefixIndex.with_entries(prefixes))
+        if not self._unsent:
+            asyncio.get_running_loop().call_later(_COLLECT_S, self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        if not self._unsent:
+            return
+        data = b"".join(encode(message) for message in self._unsent)
+        self._unsent.clear()
         for link in self._links.values():
-            link.send(message)
+            link.send(data)
 
 
 def refusal_wait_s(headers: Mapping[str, str]) -> float | None:
@@ -169,18 +184,18 @@ class _Link:
         self.is_closed = False
         self._task = asyncio.create_task(self._run())
 
-    def send(self, message: Message) -> None:
+    def send(self, data: bytes) -> None:
         if self.is_closed:
             return
         if self._writer is None:
             assert self._waiting is not None
-            self._waiting.append(encode(message))
+            self._waiting.append(data)
             return
         if self._writer.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.is_closed = True
             self._writer.transport.abort()
             return
-        self._writer.write(encode(message))
+        self._writer.write(data)
 
     async def close(self) -> None:
         self.is_closed = True
@@ -211,5 +226,5 @@ class _Link:
 
     async def _report_load(self) -> None:
         while True:
-            self.send(self._report())
+            self.send(encode(self._report()))
             await asyncio.sleep(_REPORT_PERIOD_S)

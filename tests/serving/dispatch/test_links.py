@@ -48,6 +48,19 @@ async def test_events_reach_the_books(pair):
     await until(lambda: is_empty(dispatcher))
 
 
+async def test_events_of_a_moment_are_one_message(pair):
+    dispatcher, links, _ = pair
+    sent: list[bytes] = []
+    flight = links.flight(dispatcher.route(BODY, len(BODY)).headers, arrival_s=10.0)
+    (link,) = links._links.values()
+    link.send = sent.append
+    flight.first_token(10.5)
+    flight.ended("finished", 4)
+    assert not sent  # not in the way of what is just being done
+    await until(lambda: any(b"Ended" in data for data in sent))
+    assert [data.count(b"\n") for data in sent if b"Report" not in data] == [3]
+
+
 async def test_requests_that_no_router_sent_are_in_its_books_too(pair):
     dispatcher, links, _ = pair
     assert links.flight({}, 0.0) is None
