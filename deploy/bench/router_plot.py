@@ -21,9 +21,12 @@ _WIDTH = 0.8 / len(POLICIES)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """One panel for each number of replicas that ran every main trace; the format is the file name's."""
+    """One panel for each number of replicas that ran every main trace under one router; the format is the file
+    name's.
+    """
     traces = [trace.name for trace in MAIN_TRACES]
-    p99 = {(r["replicas"], r["trace"], r["policy"]): r["ttft_ms_p99"] for r in rows}
+    of_one = [r for r in rows if r["routers"] == 1]
+    p99 = {(r["replicas"], r["trace"], r["policy"]): r["ttft_ms_p99"] for r in of_one}
     sizes = sorted({n for n, _, _ in p99 if all((n, t, p) in p99 for t in traces for p in POLICIES)})
     matplotlib.rcParams["svg.hashsalt"] = "peregrine"  # the same rows give the same bytes
     figure, panels = plt.subplots(
