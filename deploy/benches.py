@@ -175,9 +175,15 @@ def bench_engine(
 @app.command("article")
 def bench_article(
     out: Annotated[Path, typer.Option(help="Directory of article.json, .md, .html; a later run adds to it.")],
-    shapes: Annotated[str | None, typer.Option(help="Comma-separated; all but `tiny` by default.")] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated, a budget of its own behind a colon (8b:90); all but `tiny`."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Short: one round, few rates, short answers.")
+    ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Shorter still: one Ray for all shapes, about 100 s each.")
     ] = False,
     render: Annotated[bool, typer.Option("--render", help="Measure nothing, write the report anew.")] = False,
     budget_s: Annotated[float | None, typer.Option(min=30, help="Most seconds a shape may take.")] = None,
@@ -193,14 +199,21 @@ def bench_article(
     from deploy.bench.article import command
     from deploy.bench.article.subjects import DEFAULT_SUBJECTS, SUBJECTS
 
-    names = shapes.split(",") if shapes else list(DEFAULT_SUBJECTS)
+    asked = [item.partition(":") for item in shapes.split(",")] if shapes else []
+    names = [name for name, _, _ in asked] or list(DEFAULT_SUBJECTS)
     if unknown := [name for name in names if name not in SUBJECTS]:
         raise fail(f"--shapes: unknown {unknown[0]!r} (known: {', '.join(SUBJECTS)})")
+    try:
+        budgets = {name: float(seconds) for name, colon, seconds in asked if colon}
+    except ValueError as error:
+        raise fail(f"--shapes: {error}") from None
     command.run(
         command.Request(
             out,
             names,
+            budgets=budgets,
             quick=quick,
+            brief=brief,
             render_only=render,
             budget_s=budget_s,
             dollars_an_hour=gpu_price,

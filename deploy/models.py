@@ -55,7 +55,7 @@ def fetch_default_model() -> Path:
 
     Raises ModelNotFoundError when the download fails or is not the file it should be.
     """
-    target = cache_directory() / "models" / _FILE_NAME
+    target = _default_target()
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,15 @@ def fetch_default_model() -> Path:
         if not target.exists():
             _download_default(target)
     return target
+
+
+def has_default_model() -> bool:
+    """Whether it was fetched before."""
+    return _default_target().exists()
+
+
+def _default_target() -> Path:
+    return cache_directory() / "models" / _FILE_NAME
 
 
 def _download_default(target: Path) -> None:

@@ -11,14 +11,23 @@ from deploy.bench.cpu import PROMPT_TOKENS
 THREADS = 2
 
 
-def measure(directory: Path, quantized: Path | None, rounds: int, timeout_s: float) -> list[dict[str, Any]]:
-    """Rows of both runtimes; the time to the first token is the prompt's. Raises ChildError."""
-    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
-    runtimes = ["peregrine", *(["llama.cpp"] if has_llama_cpp else [])]
+def measure(
+    directory: Path, model: Path, quantized: Path | None, rounds: int, timeout_s: float
+) -> list[dict[str, Any]]:
+    """Rows of both runtimes; the time to the first token is the prompt's. Raises ChildError.
+
+    quantized: another checkpoint of the model, measured as well.
+    """
+    lacks = ""
+    if importlib.util.find_spec("llama_cpp") is None:
+        lacks = "llama-cpp-python is not installed"
+    elif model.suffix != ".gguf":
+        lacks = "it reads GGUF files alone"
+    runtimes = ["peregrine", *(["llama.cpp"] if not lacks else [])]
     target = directory / "cpu.json"
     arguments = ["bench", "cpu", "--threads", str(THREADS), "--batches", "1", "--rounds", str(rounds)]
-    arguments += ["--runtimes", ",".join(runtimes), "--json", str(target)]
-    if quantized is not None:
+    arguments += ["--runtimes", ",".join(runtimes), "--json", str(target), "--model", str(model)]
+    if quantized is not None and quantized.resolve() != model.resolve():
         arguments += ["--quantized", str(quantized)]
     processes.run("deploy.cli", arguments, directory / "cpu.log", timeout_s)
     rows: list[dict[str, Any]] = [
@@ -29,6 +38,6 @@ def measure(directory: Path, quantized: Path | None, rounds: int, timeout_s: flo
         }
         for row in json.loads(target.read_text())["rows"]
     ]
-    if not has_llama_cpp:
-        rows.append({"runtime": "llama.cpp", "failed": "llama-cpp-python is not installed"})
+    if lacks:
+        rows.append({"runtime": "llama.cpp", "failed": lacks})
     return rows

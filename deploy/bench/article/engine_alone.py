@@ -2,12 +2,15 @@
 
     python -m deploy.bench.article.engine_alone server.yaml rows.jsonl --prompts 128,512 --batches 1,16
 
-Rows are appended as they come, so that a run that is stopped at its deadline keeps what it has.
+Rows are appended as they come, so that a run that is stopped at its deadline keeps what it has. With --asks
+it waits for a line on standard input before it touches the device, and for another before it measures.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 import yaml
 
 from deploy.bench.article.launches import count_launches
+from deploy.bench.article.plan import Rounds
 from deploy.bench.engine import Timer
 from engine import EngineConfig
 from engine.checkpoint import open_checkpoint
@@ -29,22 +33,34 @@ _PROMPT = 128
 _HOPPER = (9, 0)
 
 
-def measure(config: EngineConfig, prompts: list[int], batches: list[int], rounds: int) -> Iterator[Row]:
-    """Rows of the parts memory, ttft, decode and launches, the path `engine`."""
+def measure(
+    config: EngineConfig,
+    prompts: list[int],
+    batches: list[int],
+    rounds: Rounds,
+    wait: Callable[[], None] = lambda: None,
+) -> Iterator[Row]:
+    """Rows of the parts memory, ttft, decode and launches, the path `engine`.
+
+    wait: called before the device is touched, and when what follows is timed.
+    """
+    wait()
     checkpoint = open_checkpoint(config.model)
     rate = _read_rate(config)
     core = EngineCore(config, checkpoint)
     core.warm_up()
     timer = Timer(core, core.model.vocab_size)
     yield {"part": "memory", **_memory(core, checkpoint.config, config), **_floor(core, rate)}
+    wait()
     timer.seconds(1, _PROMPT, 8)
     for num_prompt in prompts:
-        seconds = median(timer.seconds(1, num_prompt, 1) for _ in range(max(3, rounds)))
+        seconds = median(timer.seconds(1, num_prompt, 1) for _ in range(max(3, rounds.count)))
         yield {"part": "ttft", "prompt_tokens": num_prompt, "ttft_ms": round(1e3 * seconds, 3)}
     for streams in batches:
-        itl_s = median(timer.itl_s(streams, _STEPS) for _ in range(rounds))
+        runs = [timer.itl_s(streams, _STEPS) for _ in rounds]
+        itl_s = median(runs)
         row: Row = {"part": "decode", "streams": streams, "itl_ms": round(1e3 * itl_s, 3)}
-        yield {**row, "tok_s": round(streams / itl_s, 1)}
+        yield {**row, "tok_s": round(streams / itl_s, 1), "rounds": len(runs)}
     if core.runner.device.type == "cuda":
         kernels_a_token, calls_a_token = count_launches(timer)
         yield {"part": "launches", "kind": "fused", "per_token": kernels_a_token}
@@ -109,6 +125,12 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
+def _wait_for_line() -> None:
+    """Ends the process where whoever would say it is gone."""
+    if not sys.stdin.readline():
+        raise SystemExit("the run that asked for this has ended")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path, help="YAML; its section `engine` is read")
@@ -116,10 +138,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=_numbers, default=[128, 512, 2048])
     parser.add_argument("--batches", type=_numbers, default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds-s", type=float, default=math.inf, help="no round is begun after so long")
+    parser.add_argument("--asks", action="store_true", help="wait for lines on standard input")
     options = parser.parse_args()
     config = EngineConfig(**yaml.safe_load(options.config.read_text())["engine"])
+    rounds = Rounds(options.rounds, options.rounds_s)
+    wait = _wait_for_line if options.asks else lambda: None
     with open(options.rows, "a") as file:
-        for row in measure(config, options.prompts, options.batches, options.rounds):
+        for row in measure(config, options.prompts, options.batches, rounds, wait):
             file.write(json.dumps(row) + "\n")
             file.flush()
 

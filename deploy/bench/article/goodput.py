@@ -7,7 +7,7 @@ the moment at which its request was due. What the server refuses (429) or fails 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,21 +21,38 @@ from serving.tiers import SLO_HEADER
 Row = dict[str, Any]
 GOOD_SHARE = 0.9  # of a rate's requests; below it the rate is past what the tier promises
 _TOKEN_IDS = range(1000, 30_000)  # in every vocabulary, no special tokens among them
+_RECOVERY_S = 5.0  # after too high a rate the server refuses by what it saw then, and forgets it in seconds
 _MOST_REQUESTS = 4000  # of one rate, so that a small model's rates end
-_DRAIN_S = 60.0  # for answers that are on their way when a rate's time is over
 
 
 @dataclass(frozen=True)
 class Rates:
-    """first: requests a second; each further rate is `factor` times as high; seconds: of each."""
+    """first: requests a second; factor: from one to the next; seconds: of each; count: of them, at most.
+
+    drain_s: after a rate's time, for answers that are on their way.
+    """
 
     first: float
     factor: float
     count: int
     seconds: float
+    drain_s: float = 60.0
 
-    def __iter__(self) -> Any:
-        return (self.first * self.factor**i for i in range(self.count))
+    def after(self, tried: Mapping[int, bool]) -> int | None:
+        """The place of the next rate, first * factor ** place; None where the search has ended.
+
+        tried: whether the promise was kept, by place. Up from the first while it is, else down until it is.
+        """
+        if len(tried) >= self.count:
+            return None
+        if not tried:
+            return 0
+        place = max(tried) + 1 if tried[max(tried)] else min(tried) - 1
+        is_found = any(tried.values()) and not all(tried.values())
+        return None if is_found else place
+
+    def rate(self, place: int) -> float:
+        return self.first * self.factor**place
 
 
 @dataclass
@@ -85,17 +102,20 @@ def arrivals(rate: float, seconds: float, seed: int = 0) -> list[float]:
 async def measure(
     session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rates: Rates
 ) -> AsyncIterator[Row]:
-    """A row for each rate, up to the first at which fewer than GOOD_SHARE of the requests are good."""
-    for rate in rates:
-        row = await _at(session, url, model, deadline, rate, rates.seconds)
+    """A row for each rate tried, until one that keeps the promise has a neighbour that does not."""
+    tried: dict[int, bool] = {}
+    while (place := rates.after(tried)) is not None:
+        if place < 0:
+            await asyncio.sleep(_RECOVERY_S)
+        row = await _at(session, url, model, deadline, rates, rates.rate(place))
         yield row
-        if row["share_good"] < GOOD_SHARE:
-            return
+        tried[place] = row["share_good"] >= GOOD_SHARE
 
 
 async def _at(
-    session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rate: float, seconds: float
+    session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rates: Rates, rate: float
 ) -> Row:
+    seconds = rates.seconds
     outcome, due_times = Outcome(), arrivals(rate, seconds)
     generator = random.Random(time.time_ns())  # prompts that no earlier run has left in a cache
     kind = deadline.workload
@@ -128,7 +148,7 @@ async def _at(
             outcome.answer_s.append(timeline.arrivals[-1] - timeline.due)
 
     jobs = [asyncio.create_task(one(*pair)) for pair in zip(due_times, prompts, strict=True)]
-    _, late = await asyncio.wait(jobs, timeout=seconds + _DRAIN_S)
+    _, late = await asyncio.wait(jobs, timeout=seconds + rates.drain_s)
     for job in late:
         job.cancel()
     await asyncio.gather(*late, return_exceptions=True)

@@ -1,5 +1,6 @@
 """A running server, over HTTP: first tokens, 2,000 tokens, growing concurrency, the fifteen workloads."""
 
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from statistics import median
@@ -9,12 +10,14 @@ import aiohttp
 
 from deploy.bench import report
 from deploy.bench.article.gpu_meter import GpuMeter
+from deploy.bench.article.plan import Rounds
 from deploy.bench.article.workloads import Workload
 from deploy.bench.client import Timeline
 from deploy.bench.peers import Client, together
 
 Row = dict[str, Any]
 PROMPT = 128  # tokens before decoding is timed
+_WARM = 8
 _SATURATED = 1.03  # more streams that bring no more than this have brought the last of it
 _REQUEST_S = 300.0
 
@@ -37,8 +40,15 @@ async def first_tokens(client: Client, prompts: Sequence[int], rounds: int) -> A
         }
 
 
-async def long_answer(client: Client, num_output: int) -> AsyncIterator[Row]:
-    """One request alone, from sending to its last token."""
+async def long_answer(
+    client: Client, num_output: int, itl_ms: float = 0.0, limit_s: float = math.inf
+) -> AsyncIterator[Row]:
+    """One request alone, from sending to its last token.
+
+    itl_ms: as one stream was measured. Raises TimeoutError where the answer would take longer than limit_s.
+    """
+    if (expected_s := num_output * itl_ms / 1e3) > limit_s:
+        raise TimeoutError(f"left out: at {itl_ms:.2f} ms a token it takes {expected_s:.1f} s")
     (timeline,) = await client.batch(1, PROMPT, num_output)
     seconds = timeline.arrivals[-1] - timeline.due
     yield {
@@ -49,7 +59,7 @@ async def long_answer(client: Client, num_output: int) -> AsyncIterator[Row]:
 
 
 async def concurrency(
-    client: Client, streams: Sequence[int], num_output: int, rounds: int, meter: GpuMeter | None
+    client: Client, streams: Sequence[int], num_output: int, rounds: Rounds, meter: GpuMeter | None
 ) -> AsyncIterator[Row]:
     """Batches of growing size until more streams bring no more tokens a second (but for the next one).
 
@@ -58,18 +68,19 @@ async def concurrency(
     """
     best = 0.0
     for size in streams:
-        await client.batch(size, PROMPT, 16)
+        await client.batch(size, _WARM, _WARM)  # connections, and nothing that takes long
         joules, begin = meter.joules() if meter else None, time.perf_counter()
         length = num_output + size
-        runs = [await client.batch(size, PROMPT, length) for _ in range(rounds)]
+        runs = [await client.batch(size, PROMPT, length) for _ in rounds]
         seconds = time.perf_counter() - begin
         figures = [together(run) for run in runs]
         row: Row = {"streams": size, "prompt_tokens": PROMPT, "output_tokens": length}
+        row["rounds"] = len(runs)
         row |= {k: round(median(f[k] for f in figures), 3) for k in figures[0]}
         row["ttft_ms_p50"] = round(report.percentile(_ttft_ms(runs), 0.5), 1)
         row["ttft_ms_p99"] = round(report.percentile(_ttft_ms(runs), 0.99), 1)
         if meter is not None and joules is not None and (after := meter.joules()) is not None:
-            row["joules_per_token"] = round((after - joules) / (rounds * size * length), 4)
+            row["joules_per_token"] = round((after - joules) / (len(runs) * size * length), 4)
             row["watts"] = round((after - joules) / seconds, 1)
         yield row
         if row["tok_s"] < best * _SATURATED:

@@ -97,7 +97,7 @@ def _floor(results: Results, others: Sequence[Row]) -> Any:
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=1)
-    axes.set(xlim=(0, 135), xlabel="% of the tokens/s that memory's rate allows")
+    axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="% of the tokens/s that memory's rate allows")
     return figure
 
 

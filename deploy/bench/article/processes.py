@@ -29,13 +29,32 @@ def run(module: str, arguments: Sequence[str], log: Path, timeout_s: float) -> N
 
     Raises ChildError when it fails or takes longer.
     """
-    with _started([sys.executable, "-m", module, *arguments], log) as child:
-        try:
-            status = child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"{module} was stopped after {timeout_s:.0f} s") from None
+    with started([sys.executable, "-m", module, *arguments], log) as child:
+        wait(child, module, log, timeout_s)
+
+
+def wait(child: subprocess.Popen[bytes], module: str, log: Path, timeout_s: float) -> None:
+    """Its end, by itself. Raises ChildError when it fails or takes longer."""
+    try:
+        status = child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ChildError(f"{module} was stopped after {timeout_s:.0f} s") from None
     if status != 0:
-        raise ChildError(_last_words(log) or f"{module} ended with status {status}")
+        raise ChildError(last_words(log) or f"{module} ended with status {status}")
+
+
+def tell(child: subprocess.Popen[bytes], line: str) -> None:
+    """A line on its standard input. One that has ended does not hear it: its end says why."""
+    assert child.stdin is not None, "started with asks"
+    with contextlib.suppress(OSError):
+        child.stdin.write(f"{line}\n".encode())
+        child.stdin.flush()
+
+
+def lines(file: Path) -> list[str]:
+    """Whole lines of a file that another process writes; none where it has not begun."""
+    text = file.read_text(errors="replace") if file.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 @contextlib.contextmanager
@@ -52,13 +71,13 @@ def server(
     config = directory / "server.yaml"
     config.write_text(yaml.safe_dump({"engine": engine, "serving": serving, "cluster": cluster}))
     url = f"http://127.0.0.1:{port}"
-    with _started([sys.executable, "-m", "deploy.cli", "serve", "--config", str(config)], log) as child:
+    with started([sys.executable, "-m", "deploy.cli", "serve", "--config", str(config)], log) as child:
         deadline = time.monotonic() + timeout_s
         while not _is_ready(log, url):
             if child.poll() is not None:
-                raise ChildError(f"the server did not start: {_last_words(log)}")
+                raise ChildError(f"the server did not start: {last_words(log)}")
             if time.monotonic() > deadline:
-                raise ChildError(f"the server did not start within {timeout_s:.0f} s: {_last_words(log)}")
+                raise ChildError(f"the server did not start within {timeout_s:.0f} s: {last_words(log)}")
             time.sleep(_POLL_S)
         yield url
 
@@ -73,11 +92,15 @@ def _is_ready(log: Path, url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """In a session of its own: Ctrl-C reaches this process, which ends the child in order."""
+def started(command: list[str], log: Path, *, asks: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """In a session of its own: Ctrl-C reaches this process, which ends the child in order.
+
+    asks: it reads its standard input, see `tell`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
+    source = subprocess.PIPE if asks else subprocess.DEVNULL
     with open(log, "wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        child = subprocess.Popen(command, stdin=source, stdout=file, stderr=file, start_new_session=True)
         try:
             yield child
         finally:
@@ -101,7 +124,8 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family, timeout=_STOP_S)
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
+    """The line of a log that tells why, else its last one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line or line.startswith("peregrine:")]
     return (telling or lines or [""])[-1][:_REASON_CHARS]

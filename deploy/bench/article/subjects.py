@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from deploy.bench.peer_folder import write_folder
 from deploy.config import DEFAULT_MODEL
-from deploy.models import resolve_model
+from deploy.models import has_default_model, resolve_model
 from engine.checkpoint.loading import RANDOM_BITS_KEY
 from engine.models.config import ModelConfig
 from engine.models.shapes import SHAPES
@@ -56,12 +56,15 @@ DEFAULT_SUBJECTS = ("3.8b", "3.8b-w2", "8b", "14b", "70b", "123b", "180b", "smol
 """`tiny` is for tests of the command itself."""
 
 
-def prepare(subject: Subject, directory: Path) -> Path:
+def prepare(subject: Subject, directory: Path, quantized: Path | None = None) -> Path:
     """The model's folder or file, made in `directory` if it has to be.
 
+    quantized: a checkpoint in the real one's place where that was not fetched before.
     Raises ModelNotFoundError where a real checkpoint cannot be had.
     """
     if subject.kind == "real":
+        if quantized is not None and not has_default_model():
+            return quantized.resolve()
         return resolve_model(DEFAULT_MODEL)
     folder = directory / subject.name
     if subject.kind == "tiny":

@@ -1,13 +1,15 @@
 """Rows of article.json as the report's tables, in its order."""
 
 from deploy.bench.article import other_tables, speed_tables
+from deploy.bench.article.asked import asked_table
 from deploy.bench.article.results import Results
 from deploy.bench.article.table import Table
 
 
 def tables(results: Results, dollars_an_hour: float) -> list[Table]:
-    """Those that have rows; the claims always."""
+    """Those that have rows; what was asked and the claims always."""
     found = [
+        asked_table(results),
         other_tables.claims_table(results),
         speed_tables.summary(results),
         speed_tables.first_tokens(results),

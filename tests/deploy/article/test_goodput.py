@@ -46,8 +46,20 @@ def test_the_best_rate_is_the_highest_that_kept_its_promise():
     assert best_goodput([goodput_row(4.0, 0.1), goodput_row(1.0, 0.2)])["rate_req_s"] == 1.0
 
 
-def test_rates_rise():
-    assert list(Rates(0.5, 2.0, 4, 1.0)) == [0.5, 1.0, 2.0, 4.0]
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (3.0, [0.5, 1.0, 2.0, 4.0]),
+        (0.2, [0.5, 0.25, 0.125]),
+        (0.01, [0.5, 0.25, 0.125, 0.0625]),
+        (9.0, [0.5, 1, 2, 4]),
+    ],
+)
+def test_rates_rise_while_they_are_good_else_fall_until_one_is(best, tried):
+    rates, kept = Rates(0.5, 2.0, 4, 1.0), {}
+    while (place := rates.after(kept)) is not None:
+        kept[place] = rates.rate(place) <= best
+    assert [rates.rate(place) for place in kept] == tried
 
 
 def test_fifteen_kinds_of_prompts_fit_the_context():

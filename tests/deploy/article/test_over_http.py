@@ -7,6 +7,7 @@ import pytest
 
 from deploy.bench.article import over_http, speculation
 from deploy.bench.article.gpu_meter import GpuMeter
+from deploy.bench.article.plan import Rounds
 from deploy.bench.article.workloads import WORKLOADS
 from deploy.bench.client import Timeline
 
@@ -59,7 +60,7 @@ async def test_first_tokens_are_medians_after_one_that_does_not_count():
 
 async def test_concurrency_grows_until_it_brings_no_more():
     client = Client(most=1600)
-    rows = await collect(over_http.concurrency(client, [1, 4, 16, 64, 256], 32, 1, None))
+    rows = await collect(over_http.concurrency(client, [1, 4, 16, 64, 256], 32, Rounds(1), None))
     assert [r["streams"] for r in rows] == [1, 4, 16, 64]  # 64 bring what 16 do, 256 are not tried
     assert [r["tok_s"] for r in rows] == pytest.approx([100, 400, 1600, 1600])
     assert rows[2]["output_tokens"] == 48
@@ -67,7 +68,7 @@ async def test_concurrency_grows_until_it_brings_no_more():
 
 
 async def test_joules_are_over_all_output_tokens():
-    rows = await collect(over_http.concurrency(Client(1e6), [4], 16, 2, GpuMeter(Nvml())))
+    rows = await collect(over_http.concurrency(Client(1e6), [4], 16, Rounds(2), GpuMeter(Nvml())))
     assert rows[0]["joules_per_token"] == pytest.approx(10 / (2 * 4 * 20), abs=1e-4)
 
 
@@ -75,6 +76,16 @@ async def test_a_long_answer_counts_from_its_sending():
     (row,) = await collect(over_http.long_answer(Client(1e6), 101))
     assert row["e2e_s"] == pytest.approx(1.5)
     assert row["tok_s"] == pytest.approx(101 / 1.5, abs=0.1)
+
+
+async def test_a_long_answer_that_takes_too_long_is_left_out():
+    with pytest.raises(TimeoutError, match=r"left out: at 10.00 ms a token it takes 20.0 s"):
+        await collect(over_http.long_answer(Client(1e6), 2000, itl_ms=10.0, limit_s=12.0))
+
+
+async def test_rounds_end_when_their_time_is_over():
+    assert list(Rounds(3)) == [0, 1, 2]
+    assert list(Rounds(3, seconds=-1.0)) == [0]  # one there always is
 
 
 async def test_a_short_run_asks_for_a_share_of_each_answer():

@@ -1,5 +1,7 @@
 """Children of a run: what their failures are called, and that none outlives its deadline."""
 
+import sys
+
 import psutil
 import pytest
 
@@ -20,6 +22,16 @@ def test_a_child_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(processes.ChildError, match="was stopped after 1 s"):
         processes.run("http.server", ["0", "--bind", "127.0.0.1"], tmp_path / "log", timeout_s=1)
     assert children() <= before
+
+
+def test_a_child_hears_lines_and_its_whole_lines_are_read(tmp_path):
+    program = "import sys; print(sys.stdin.readline(), end=''); print('half', end='')"
+    with processes.started([sys.executable, "-c", program], tmp_path / "log", asks=True) as child:
+        processes.tell(child, "a line")
+        processes.wait(child, "it", tmp_path / "log", timeout_s=60)
+        processes.tell(child, "nobody hears this")
+    assert processes.lines(tmp_path / "log") == ["a line"]
+    assert processes.lines(tmp_path / "nothing") == []
 
 
 def test_a_server_that_does_not_start_has_a_reason(tmp_path):

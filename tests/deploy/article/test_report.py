@@ -44,7 +44,7 @@ def test_every_cell_has_its_column(tmp_path):
     for table in found:
         assert {len(row) for row in table.rows} == {len(table.columns)}, table.title
     titles = [t.title for t in found]
-    assert titles[0] == "The article's rows"
+    assert titles[:2] == ["What was asked", "The article's rows"]
     assert "Speculation on copy-heavy work" not in titles  # no rows of it
 
 
@@ -94,10 +94,10 @@ def test_peers_stand_in_the_pictures(tmp_path):
 
 
 def test_a_part_that_fails_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("deploy.bench.article.processes.run", fail)
+    monkeypatch.setattr("deploy.bench.article.processes.started", fail)
     monkeypatch.setattr("deploy.bench.article.processes.server", fail)
     results = Results(tmp_path / "article.json")
     results.begin("tiny", MACHINE)
@@ -109,7 +109,7 @@ def test_a_part_that_fails_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch)
 
 
 def test_nothing_begins_when_the_budget_is_spent(tmp_path, monkeypatch):
-    monkeypatch.setattr("deploy.bench.article.processes.run", lambda *a: None)
+    monkeypatch.setattr("deploy.bench.article.processes.started", None)
     results = Results(tmp_path / "article.json")
     plan = dataclasses.replace(QUICK, budget_s=0.0)
     _Shape(SUBJECTS["tiny"], Options(tmp_path, ["tiny"], plan), results, tmp_path / "m", {}).run()
