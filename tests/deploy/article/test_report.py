@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from deploy.bench.article import launches, report
+from deploy.bench.article import launches, machine, report
 from deploy.bench.article.plan import QUICK, Options
 from deploy.bench.article.results import Results
-from deploy.bench.article.run import _Shape, _unfused
+from deploy.bench.article.shape import Shape
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.tables import tables
 from deploy.cli import app
@@ -101,7 +101,7 @@ def test_a_part_that_fails_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch)
     monkeypatch.setattr("deploy.bench.article.processes.server", fail)
     results = Results(tmp_path / "article.json")
     results.begin("tiny", MACHINE)
-    _Shape(SUBJECTS["tiny"], Options(tmp_path, ["tiny"], QUICK), results, tmp_path / "m", {}).run()
+    Shape(SUBJECTS["tiny"], Options(tmp_path, ["tiny"], QUICK), results, tmp_path / "m", {}).run()
     assert {(r["part"], r["failed"]) for r in results.failures()} == {
         ("engine", "no such thing"),
         ("server", "no such thing"),
@@ -112,7 +112,7 @@ def test_nothing_begins_when_the_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr("deploy.bench.article.processes.started", None)
     results = Results(tmp_path / "article.json")
     plan = dataclasses.replace(QUICK, budget_s=0.0)
-    _Shape(SUBJECTS["tiny"], Options(tmp_path, ["tiny"], plan), results, tmp_path / "m", {}).run()
+    Shape(SUBJECTS["tiny"], Options(tmp_path, ["tiny"], plan), results, tmp_path / "m", {}).run()
     assert all("not begun" in r["failed"] for r in results.failures())
     assert len(results.failures()) == 2
 
@@ -143,6 +143,6 @@ def test_launches_are_counted_once_for_all_shapes(tmp_path, monkeypatch):
 
     monkeypatch.setattr("deploy.bench.article.processes.run", count)
     results, options = Results(tmp_path / "article.json"), Options(tmp_path, ["tiny"], QUICK)
-    assert _unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
+    assert machine.count_unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
     monkeypatch.setattr("deploy.bench.article.processes.run", None)
-    assert _unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
+    assert machine.count_unfused(options, results, tmp_path) == {2: 44.0, 4: 84.0}
