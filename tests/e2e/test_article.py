@@ -27,9 +27,10 @@ SHORT = dataclasses.replace(
 
 
 @pytest.mark.timeout(240)
-def test_every_part_of_a_shape_ends_in_the_report(tmp_path):
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own cluster", "shared cluster"])
+def test_every_part_of_a_shape_ends_in_the_report(tmp_path, is_shared):
     console = Console(quiet=True)
-    results = run(Options(tmp_path, ["tiny"], SHORT), console)
+    results = run(Options(tmp_path, ["tiny"], dataclasses.replace(SHORT, is_shared=is_shared)), console)
     assert results.failures() == []
     parts = {row["part"] for row in results.rows}
     assert parts == {
