@@ -1,7 +1,10 @@
 """Tables beside speed: claims, memory, launches, speculation, the edge, the score, what failed, where."""
 
+import math
+
 from deploy.bench.article import score
 from deploy.bench.article.claims import Claim, claims
+from deploy.bench.article.plan import BRIEF, FULL, QUICK, Plan
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.table import NONE, Table, number, shapes
@@ -140,4 +143,13 @@ def machines(results: Results) -> Table:
         packages = [versions.get(package, NONE) for package in ("torch", "ray")]
         rows.append([shape, machine.get("gpu", "no GPU"), host, *packages, run["date"], run["command"]])
     columns = ["model", "GPU", "host", "torch", "ray", "date", "command"]
-    return Table("Where it was measured", "", columns, rows, num_names=7)
+    plans = (("--brief", BRIEF), ("--quick", QUICK), ("neither", FULL))
+    note = "; ".join(f"{name}: {_repeats(plan)}" for name, plan in plans) + "."
+    return Table("Where it was measured, and how often", note, columns, rows, num_names=7)
+
+
+def _repeats(plan: Plan) -> str:
+    rounds = "one round" if plan.rounds == 1 else f"up to {plan.rounds} rounds"
+    limit = "" if plan.rounds_s == math.inf else f", none begun after {plan.rounds_s:g} s of a case"
+    rates = f"up to {plan.rates} rates of {plan.rate_s:g} s a tier"
+    return f"{rounds}{limit}, {plan.workload_share:.0%} of each kind's answer, goodput by {rates}"
