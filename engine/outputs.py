@@ -124,9 +124,9 @@ class EngineStats:
     """Most tokens of a step."""
 
     def prompts_s(self, num_tokens: int) -> float:
-        """Seconds in which so many prompt tokens are computed, with no decodes beside them; 0 while unknown.
+        """Seconds in which so many prompt tokens are computed, nothing beside them; 0 while unknown.
 
-        By the steps, for a step of few tokens takes nearly as long as one of many: no mean rate holds for both.
+        By the steps, for a step of few tokens takes nearly as long as one of many: no mean rate fits both.
         """
         return 0.0 if self.step_cost is None else self.step_cost.prompts_s(num_tokens, self.token_budget)
 

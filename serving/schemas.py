@@ -138,7 +138,8 @@ class CompletionRequest(SamplingFields):
             return replace(one, ignore_eos=True, stop=(), stop_token_ids=(), constraint=None)
         ranks = self.num_candidates > (self.n or 1)
         logprobs = 0 if ranks and self.logprobs is None else self.logprobs
-        return replace(self._sampling(self.max_tokens, logprobs, prompt_logprobs), n=self.num_candidates)
+        params = self._sampling(self.max_tokens, logprobs, prompt_logprobs)
+        return params if params.n == self.num_candidates else replace(params, n=self.num_candidates)
 
 
 class PromptTokensDetails(BaseModel):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast
 
 from fastapi import Request, Response
 from pydantic import BaseModel
@@ -105,7 +105,6 @@ class WholePresenter(Protocol):
     def complete(self, choices: dict[tuple[int, int], CollectedChoice], usage: Usage) -> BaseModel: ...
 
 
-@runtime_checkable
 class Presenter(WholePresenter, Protocol):
     """The same, and as they come."""
 
@@ -177,10 +176,11 @@ async def respond(
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
             return Response(body.model_dump_json(), media_type="application/json")
-        assert isinstance(presenter, Presenter), f"{operation} is not streamed"
+        presenter = cast(Presenter, presenter)  # of an operation that is streamed
         if job.flush != "token":
             outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
-        last_words = presenter.failure(from_engine(_KILLED))  # now, while the engine has the time
+        last_words = functools.cache(functools.partial(presenter.failure, from_engine(_KILLED)))
+        asyncio.get_running_loop().call_soon(last_words)  # while the engine computes
         try:
             first = await unless_client_leaves(request.receive, anext(outputs), deadline)
         except ClientGone:
@@ -189,7 +189,7 @@ async def respond(
             flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
     chunks = _stream(state, outputs, first, presenter, deadline, flight, exchange)
-    return SseResponse(chunks, state.guard, last_words)
+    return SseResponse(chunks, state.guard, last_words())
 
 
 def _began(made: Generation, flight: Flight | None, output: RequestOutput) -> None:
