@@ -24,8 +24,8 @@ class ClientGone(Exception):
 class SseResponse(Response):
     """Server-sent events from a generator, which is closed at once when the client leaves.
 
-    Starlette's StreamingResponse starts a task to send from: a first chunk that is there already would wait
-    for it, and for the engine's thread each time.
+    Starlette's StreamingResponse sends from a task of its own, for which a first chunk that is there already
+    would wait. Here that task sends the others, so that a chunk passes none of the frames around the app.
 
     guard: ends the stream with `last_words` if this process is killed.
     """
@@ -50,13 +50,18 @@ class SseResponse(Response):
         try:
             async with contextlib.aclosing(self._chunks):
                 with contextlib.suppress(ClientGone):
-                    await unless_client_leaves(receive, self._send(send))
+                    await unless_client_leaves(receive, self._send_first(send))
+                    await unless_client_leaves(receive, asyncio.create_task(self._send_rest(send)))
         finally:
             if watch is not None and self._guard is not None:
                 self._guard.release(watch)
 
-    async def _send(self, send: Send) -> None:
+    async def _send_first(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if (chunk := await anext(self._chunks, None)) is not None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _send_rest(self, send: Send) -> None:
         async for chunk in self._chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

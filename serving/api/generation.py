@@ -171,7 +171,7 @@ async def respond(
         )
         if not is_stream:
             try:
-                work = _collect(outputs, presenter, flight, made)
+                work = asyncio.create_task(_collect(outputs, presenter, flight, made))
                 body = await unless_client_leaves(request.receive, work, deadline)
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)  # nobody reads it; the log and the metrics do
