@@ -29,7 +29,7 @@ Form = Literal["bf16", "fp8", "tiled", "tiled_fp8"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """A matrix's input [T, K]: bfloat16, or (with scale float32 [T]) e4m3, or float16 or e4m3 that is `tiled`."""
+    """A matrix's input [T, K]: bfloat16, or (with scale float32 [T]) e4m3, or `tiled` float16 or e4m3."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -128,11 +128,11 @@ def empty_tiled(
 def tiled(values: Tensor) -> Tensor:
     """float16 [T, K] as [lines, padded tokens, 64], or e4m3 as [lines, padded tokens, 128].
 
-    That is how the tensor cores read it from shared memory. A line is 128 bytes a token, zeros behind the last
-    column up to a multiple of 256. Of every 32 columns, column 8 q + 4 h + 2 i + j lies at 16 h + 8 j + 2 q + i,
-    of e4m3 at 16 h + 4 q + 2 j + i: what a lane unpacks of the weights is its part of the fragment
-    (src/prompt.cu, src/prompt_fp8.cu). 16-byte piece c of token t lies at place c ^ (t % 8), so that eight
-    tokens' pieces are in different banks.
+    That is how the tensor cores read it from shared memory. A line is 128 bytes a token, zeros behind the
+    last column up to a multiple of 256. Of every 32 columns, column 8 q + 4 h + 2 i + j lies at
+    16 h + 8 j + 2 q + i, of e4m3 at 16 h + 4 q + 2 j + i: what a lane unpacks of the weights is its part of
+    the fragment (src/prompt.cu, src/prompt_fp8.cu). 16-byte piece c of token t lies at place c ^ (t % 8), so
+    that eight tokens' pieces are in different banks.
     """
     (num_tokens, k), padded = values.shape, padded_tokens(len(values))
     width = -(-k // UNIT_COLUMNS) * UNIT_COLUMNS

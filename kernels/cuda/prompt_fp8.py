@@ -12,16 +12,14 @@ from kernels.prefill import Activations, Product
 
 _TILES = (256, 192, 128)  # of tokens, that a block may take
 _ROWS = 256  # of a cluster of two blocks
-_UNPACKING = (
-    166  # what a tile takes beside its tokens' products, in tokens: measured, 8192 x 8192 at 128, 192 and 256
-)
+_UNPACKING = 166  # what a tile takes beside its tokens' products, in tokens (8192 x 8192, H100)
 
 
 def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> Product:
     """x times the matrix, transposed: bfloat16 [T, n].
 
-    x: in the form "tiled_fp8". units: `tables.fp8_units(weight)`; the weights, of formats of at most 4 bits, are
-    rounded to e4m3 times these. Needs `prompt.can_multiply(weight)`.
+    x: in the form "tiled_fp8". units: `tables.fp8_units(weight)`; the weights, of formats of at most 4 bits,
+    are rounded to e4m3 times these. Needs `prompt.can_multiply(weight)`.
     """
     assert x.scale is not None
     num_tokens, n, pointer = len(x.scale), weight.n, ctypes.c_void_p

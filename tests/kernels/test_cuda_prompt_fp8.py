@@ -42,7 +42,7 @@ def _check(weight: DeviceWeight, tokens: int, monkeypatch: pytest.MonkeyPatch) -
     def error(of: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
         return (of - to).norm(dim=1) / to.norm(dim=1)
 
-    # Weights become float16 before they become e4m3: one in a hundred goes the other way where two are as near.
+    # Weights become float16 before e4m3: one in a hundred goes the other way where two are as near.
     assert float(error(got.double(), nearest).max()) < 0.06
     assert float(error(got.double(), nearest).square().mean().sqrt()) < 0.015
     # So the product is as near to the exact weights' as that of weights rounded to nearest.
