@@ -1,8 +1,8 @@
 """The decoder layers as a chain of products and what lies between them, for prompt chunks and large batches.
 
-Up to 256 tokens a product reads the packed weights, its input in float16; if it may be e4m3, up to 1,024 too.
-Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right before its use, and
-multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of products bfloat16.
+Up to 256 tokens a product reads the packed weights, its input in float16; beyond, if it may be e4m3, where that
+is faster. Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right before its use,
+and multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of products bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,7 @@ Caches = Sequence[tuple[Tensor, Tensor]]
 Pending = tuple[Product, Tensor | None, Tensor | None]
 """What is to be added to the residual stream: a product, its bias, the norm behind it."""
 
-# At most so many tokens are multiplied by packed weights; for more, unpacking them once is faster.
-DIRECT_TOKENS, DIRECT_FP8_TOKENS = 256, 1024  # in float16, in e4m3
+DIRECT_TOKENS = 256  # at most are multiplied by packed weights in float16: for more, unpacking once is faster
 _FP8_BITS = 4  # wider codes lose more to e4m3's three bits of mantissa than they lost to rounding
 
 
@@ -48,7 +47,8 @@ class Matrix:
             return "tiled"
         if self.fp8_units is None:
             return "bf16"
-        return "tiled_fp8" if self.units is not None and num_tokens <= DIRECT_FP8_TOKENS else "fp8"
+        is_direct = self.units is not None and prompt_fp8.is_faster(num_tokens, self.weight.n, self.weight.k)
+        return "tiled_fp8" if is_direct else "fp8"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

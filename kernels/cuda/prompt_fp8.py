@@ -12,7 +12,11 @@ from kernels.prefill import Activations, Product
 
 _TILES = (256, 192, 128)  # of tokens, that a block may take
 _ROWS = 256  # of a cluster of two blocks
-_UNPACKING = 166  # what a tile takes beside its tokens' products, in tokens (8192 x 8192, H100)
+# Measured on an H100 (docs/benchmarks/kernel-notes.md). A round of blocks takes as long as the products of
+# its tokens and so many more, for unpacking:
+_COLUMN_US, _UNPACKING_TOKENS = 1.68e-5, 166  # a token and column of K
+_CUBLAS_TFLOPS, _UNPACKING_GB_S = 1450, 2800
+_LAUNCH_US = 4.0  # of a round of blocks, or of unpacking and cuBLAS
 
 
 def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> Product:
@@ -24,7 +28,7 @@ def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> 
     assert x.scale is not None
     num_tokens, n, pointer = len(x.scale), weight.n, ctypes.c_void_p
     out = torch.empty(num_tokens, n, dtype=torch.bfloat16, device=x.values.device)
-    tile = plan(num_tokens, n)
+    tile, _ = plan(num_tokens, n, weight.k)
     for pieces, unit in groups(weight, units):
         check(
             library().peregrine_prompt_fp8(
@@ -44,12 +48,20 @@ def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> 
     return Product(out)
 
 
-def plan(num_tokens: int, n: int) -> int:
-    """Tokens of a block: those that end soonest, where all multiprocessors take blocks in turn."""
+def plan(num_tokens: int, n: int, k: int) -> tuple[int, float]:
+    """Tokens of a block, and about how many microseconds the product takes, where blocks take turns."""
     slots = num_blocks()
 
-    def cost(tile: int) -> int:
-        blocks = 2 * -(-n // _ROWS) * -(-num_tokens // tile)
-        return -(-blocks // slots) * (tile + _UNPACKING)
+    def duration_us(tile: int) -> float:
+        rounds = -(-2 * -(-n // _ROWS) * -(-num_tokens // tile) // slots)
+        return rounds * ((tile + _UNPACKING_TOKENS) * k * _COLUMN_US + _LAUNCH_US)
 
-    return min(_TILES, key=cost)
+    tile = min(_TILES, key=duration_us)
+    return tile, duration_us(tile)
+
+
+def is_faster(num_tokens: int, n: int, k: int) -> bool:
+    """Than unpacking the matrix, of some 4 bits, and multiplying it by cuBLAS."""
+    unpacking_us = n * k * 1.53 / _UNPACKING_GB_S / 1e3
+    product_us = 2 * num_tokens * n * k / _CUBLAS_TFLOPS / 1e6
+    return plan(num_tokens, n, k)[1] < unpacking_us + product_us + _LAUNCH_US

@@ -55,7 +55,7 @@ def _check(weight: DeviceWeight, tokens: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("tokens", [1, 100, 257, 500])
 @pytest.mark.parametrize("tile", [128, 192, 256])
 def test_product(name, shape, tokens, tile, monkeypatch):
-    monkeypatch.setattr(prompt_fp8, "plan", lambda *sizes: tile)
+    monkeypatch.setattr(prompt_fp8, "plan", lambda *sizes: (tile, 0.0))
     _check(_weight(*shape, name), tokens, monkeypatch)
 
 
