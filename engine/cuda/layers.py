@@ -1,9 +1,9 @@
 """The decoder layers as a chain of products and what lies between them, for prompt chunks and large batches.
 
 Up to 256 tokens a product reads the packed weights, its input in float16; beyond, if it may be e4m3, where
-that is faster. Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right before its
-use, and multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of products
-bfloat16.
+that is faster. Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right
+before its use, and multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of
+products bfloat16.
 """
 
 from collections.abc import Callable, Sequence
