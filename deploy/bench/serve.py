@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -35,7 +36,9 @@ def run(
     config: PeregrineConfig, concurrencies: list[int], num_requests: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Rows of serve.json, for paths `engine` and `serve`."""
-    config = dataclasses.replace(config, engine=_beside_another(config.engine))
+    name = config.engine.served_model_name or Path(config.engine.model).name.removesuffix(".gguf")
+    engine = dataclasses.replace(_beside_another(config.engine), served_model_name=name)
+    config = dataclasses.replace(config, engine=engine)
     with running_cluster(config) as url:
         return asyncio.run(_run(config, url, concurrencies, num_requests, rounds))
 
@@ -52,7 +55,8 @@ def _beside_another(engine: EngineConfig) -> EngineConfig:
 async def _run(
     config: PeregrineConfig, url: str, concurrencies: list[int], num_requests: int, rounds: int
 ) -> list[dict[str, Any]]:
-    name = config.engine.served_model_name or config.engine.model
+    name = config.engine.served_model_name
+    assert name is not None, "run has given it one"
     bare = dataclasses.replace(config.engine, model=str(resolve_model(config.engine.model)))
     engine = await AsyncEngine.start(bare)
     timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
