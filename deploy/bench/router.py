@@ -226,6 +226,7 @@ def _row(trace: str, policy: str, setup: dict[str, Any], results: Sequence[Any])
         "decision_us_p99": round(percentile(decisions, 0.99), 1),
         "decision_cpu_us_p50": round(percentile(processor, 0.5), 1),
         "decision_cpu_us_p95": round(percentile(processor, 0.95), 1),
+        "decision_cpu_us_p99": round(percentile(processor, 0.99), 1),
     }
 
 
