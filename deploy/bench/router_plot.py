@@ -21,8 +21,8 @@ _WIDTH = 0.8 / len(POLICIES)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """One panel for each number of replicas that ran every main trace under one router; the format is the file
-    name's.
+    """One panel for each number of replicas that ran every main trace with one router; the file name says the
+    format.
     """
     traces = [trace.name for trace in MAIN_TRACES]
     of_one = [r for r in rows if r["routers"] == 1]
