@@ -25,6 +25,7 @@ from engine.messages import (
     StepOutputs,
 )
 from engine.output_processor import OutputProcessor
+from engine.output_stream import OutputStream
 from engine.outputs import EngineStats, ModelInfo, RequestOutput, RequestTimings, StepKind, StepTimes
 from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
@@ -37,8 +38,6 @@ _INLINE_TOKENIZE_CHARS = 4_000
 _START_TIMEOUT_S = 1_800.0  # a 180B checkpoint from a network disk
 _STOP_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 30.0
-
-_StreamItem = RequestOutput | EngineDeadError
 
 
 class AsyncEngine:
@@ -53,7 +52,7 @@ class AsyncEngine:
         self._grammars = grammars
         self._loop = asyncio.get_running_loop()
         self._processor = OutputProcessor(tokenizer)
-        self._streams: dict[str, asyncio.Queue[_StreamItem]] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._sequences: dict[str, set[str]] = {}
         self._failure: Exception | None = None
         self._ready: asyncio.Future[CoreReady] = self._loop.create_future()
@@ -143,7 +142,7 @@ class AsyncEngine:
         if params.constraint is not None:
             await self._check_constraint(params.constraint)
         prompt = self._check_prompt(prompt_token_ids, params, request_id)
-        stream: asyncio.Queue[_StreamItem] = asyncio.Queue()
+        stream = OutputStream()
         self._streams[request_id] = stream
         self._sequences[request_id] = set()
         num_open = params.n
@@ -152,8 +151,6 @@ class AsyncEngine:
             has_siblings = params.n == 1
             while num_open:
                 output = await stream.get()
-                if isinstance(output, EngineDeadError):
-                    raise output
                 if not has_siblings:
                     if output.finish_reason == "abort":
                         num_open = 1  # the others never began
@@ -177,15 +174,12 @@ class AsyncEngine:
         """See `InferenceEngine.embed`."""
         arrival = time.monotonic() if arrival_time is None else arrival_time
         prompt = self._check_tokens(prompt_token_ids, request_id, self.model.max_model_len)
-        stream: asyncio.Queue[_StreamItem] = asyncio.Queue()
+        stream = OutputStream()
         self._streams[request_id] = stream
         self._sequences[request_id] = set()
         try:
             self._submit(request_id, 0, prompt, SamplingParams(), arrival, urgency, stream, params)
-            output = await stream.get()
-            if isinstance(output, EngineDeadError):
-                raise output
-            yield output
+            yield await stream.get()
         finally:
             self._drop(request_id)
 
@@ -268,7 +262,7 @@ class AsyncEngine:
         params: SamplingParams,
         arrival: float,
         urgency: Urgency,
-        stream: asyncio.Queue[_StreamItem],
+        stream: OutputStream,
         pooling: PoolingParams | None = None,
     ) -> None:
         sequence_id = f"{request_id}#{index}"
@@ -282,7 +276,7 @@ class AsyncEngine:
         def deliver(output: RequestOutput) -> None:
             if output.finish_reason is not None:
                 sequences.discard(sequence_id)
-            stream.put_nowait(output)
+            stream.put(output)
 
         self._processor.add(sequence_id, request_id, index, prompt, own, arrival, deliver, urgency)
         self._carrier.send(AddRequest(sequence_id, prompt, own, arrival, urgency, pooling))
@@ -332,4 +326,4 @@ class AsyncEngine:
             if not pong.done():
                 pong.set_exception(EngineDeadError(str(error)))
         for stream in self._streams.values():
-            stream.put_nowait(EngineDeadError(str(error)))
+            stream.put(EngineDeadError(str(error)))

@@ -1,9 +1,13 @@
 """Where the EngineCore runs: its loop, and the thread or process that carries it."""
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
+import os
 import queue
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -25,8 +29,11 @@ from engine.messages import (
     ToCore,
     TokenOutput,
 )
+from engine.model_runner import resolve_device
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Deliver = Callable[[FromCore], None]
 
@@ -92,7 +99,10 @@ class CoreCarrier(Protocol):
 
 def start_core(config: EngineConfig, deliver: Deliver) -> CoreCarrier:
     """Start the core where the configuration says. `deliver` is called from another thread."""
-    return ProcessCore(config, deliver) if config.core == "process" else ThreadCore(config, deliver)
+    location = config.core
+    if location == "auto":
+        location = "thread" if resolve_device(config).type == "cpu" else "process"
+    return ProcessCore(config, deliver) if location == "process" else ThreadCore(config, deliver)
 
 
 class _QueueInbox:
@@ -152,7 +162,7 @@ class ProcessCore:
         self._connection, child = context.Pipe()
         self._lock = threading.Lock()
         self._process = context.Process(
-            target=_process_main, args=(config, child), name="engine-core", daemon=True
+            target=_process_main, args=(config, child, os.getpid()), name="engine-core", daemon=True
         )
         self._process.start()
         child.close()
@@ -198,11 +208,21 @@ class ProcessCore:
             deliver(message)
 
 
-def _process_main(config: EngineConfig, connection: Connection) -> None:
-    # Ctrl-C goes to the whole foreground group; the asking process decides when the core stops.
-    import signal
+def _end_with(process_id: int) -> None:
+    """Have Linux kill this process when its parent, of that id, is gone, however that came about.
 
+    A core that hangs reads no pipe, and what takes the replica's place needs the device's memory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != process_id:  # gone before that
+        raise SystemExit("the process that asked for this one has ended")
+
+
+def _process_main(config: EngineConfig, connection: Connection, asker: int) -> None:
+    # Ctrl-C goes to the whole foreground group; the asking process decides when the core stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with(asker)
 
     def deliver(message: FromCore) -> None:
         # A closed pipe shows up at the inbox too, and ends the loop there.

@@ -3,7 +3,11 @@
 import asyncio
 import dataclasses
 import re
+import sys
+import textwrap
+import time
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -159,6 +163,41 @@ async def test_a_killed_core_process_fails_its_requests(smollm2):
     with pytest.raises(EngineDeadError):
         await collect(engine, [1, 2, 3], endless)
     await engine.shutdown()
+
+
+def _ends(process_id: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        # Where nobody collects orphans, an ended one stays as a zombie.
+        if not psutil.pid_exists(process_id) or psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+async def test_a_core_process_ends_with_the_process_that_asked_for_it(smollm2):
+    """Also where it hangs, so that the next one finds the device's memory free."""
+    program = textwrap.dedent(f"""
+        import asyncio, os, signal
+        from engine import EngineConfig
+        from engine.async_engine import AsyncEngine
+
+        async def main():
+            config = EngineConfig(model={str(smollm2)!r}, device="cpu", num_blocks=520, core="process")
+            engine = await AsyncEngine.start(config)
+            core = engine._carrier._process.pid
+            os.kill(core, signal.SIGSTOP)
+            print(core, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if __name__ == "__main__":
+            asyncio.run(main())
+    """)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 120)
+    assert await asyncio.to_thread(_ends, int(output), 20.0)
 
 
 @pytest.mark.parametrize("core", ["thread", "process"])
