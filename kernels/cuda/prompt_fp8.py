@@ -1,6 +1,7 @@
 """Products of some hundred tokens and more straight from packed weights, in e4m3 (src/prompt_fp8.cu)."""
 
 import ctypes
+import functools
 
 import torch
 
@@ -48,6 +49,7 @@ def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> 
     return Product(out)
 
 
+@functools.cache  # asked for every matrix of every step that is no graph
 def plan(num_tokens: int, n: int, k: int) -> tuple[int, float]:
     """Tokens of a block, and about how many microseconds the product takes, where blocks take turns."""
     slots = num_blocks()
@@ -60,6 +62,7 @@ def plan(num_tokens: int, n: int, k: int) -> tuple[int, float]:
     return tile, duration_us(tile)
 
 
+@functools.cache
 def is_faster(num_tokens: int, n: int, k: int) -> bool:
     """Than unpacking the matrix, of some 4 bits, and multiplying it by cuBLAS."""
     unpacking_us = n * k * 1.53 / _UNPACKING_GB_S / 1e3
