@@ -1,0 +1,38 @@
+"""How prompts' products are cut and which way they take, by an H100's measured rates; no GPU is asked."""
+
+import pytest
+
+from kernels.cuda import prompt_fp8
+
+LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
+
+
+@pytest.fixture(autouse=True)
+def _h100(monkeypatch):
+    monkeypatch.setattr(prompt_fp8, "num_blocks", lambda: 132)
+    own = prompt_fp8.plan, prompt_fp8.is_faster
+    for function in own:
+        function.cache_clear()
+    yield
+    for function in own:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(("n", "k"), LLAMA_70B)
+def test_packed_weights_are_multiplied_up_to_some_hundred_tokens(n, k):
+    assert prompt_fp8.is_faster(512, n, k)
+    assert not prompt_fp8.is_faster(2048, n, k)
+
+
+def test_a_matrix_that_would_leave_blocks_for_a_second_round_takes_smaller_ones():
+    assert prompt_fp8.plan(512, 8192, 8192)[0] == 256  # 128 blocks on 132 multiprocessors
+    assert prompt_fp8.plan(512, 10240, 8192)[0] == 192  # 160 blocks of 256 tokens would be two whole rounds
+
+
+# us, measured with weights cold (docs/benchmarks/kernel-notes.md).
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "measured_us"),
+    [(512, 8192, 8192, 59.9), (512, 57344, 8192, 414), (512, 4096, 14336, 67.1), (1024, 28672, 4096, 245)],
+)
+def test_predicted_durations(tokens, n, k, measured_us):
+    assert prompt_fp8.plan(tokens, n, k)[1] == pytest.approx(measured_us, rel=0.13)
