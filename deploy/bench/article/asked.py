@@ -6,7 +6,7 @@ from deploy.bench.article import floors
 from deploy.bench.article.claims import LONG_S, LONG_TOKENS
 from deploy.bench.article.results import Results
 from deploy.bench.article.subjects import SUBJECTS
-from deploy.bench.article.table import NONE, Table, by
+from deploy.bench.article.table import NONE, Table, by, is_cut_off, long_by_rate_s, shapes
 from engine.models.shapes import SHAPES
 
 ADDED_ITL, ADDED_TTFT_MS = 0.05, 5.0
@@ -76,6 +76,8 @@ def _aggregate(results: Results) -> Cells:
     if best is None:
         return asked, "", None
     text = f"{best['tok_s']:,.0f} tokens/s with {best['streams']} streams"
+    if is_cut_off(results, _LARGE):
+        text += "; no time was left for more"
     return asked, text, best["tok_s"] >= _LARGE_TOK_S
 
 
@@ -90,18 +92,26 @@ def _weights(results: Results) -> Cells:
 def _long_answer(results: Results) -> Cells:
     asked = f"{LONG_TOKENS:,} tokens of one stream in {LONG_S} s: the largest shape that does it"
     took = {
-        r["shape"]: r["e2e_s"]
-        for r in results.of("long", path="http")
-        if r["output_tokens"] == LONG_TOKENS and SUBJECTS[r["shape"]].shape_name in SHAPES
+        r["shape"]: r["e2e_s"] for r in results.of("long", path="http") if r["output_tokens"] == LONG_TOKENS
     }
-    if not took:
-        return asked, "", None
-    kept = [name for name, seconds in took.items() if seconds <= LONG_S]
-    if not kept:
+    took = {name: seconds for name, seconds in took.items() if SUBJECTS[name].shape_name in SHAPES}
+    if kept := [name for name, seconds in took.items() if seconds <= LONG_S]:
+        name = max(kept, key=_size)
+        return asked, f"{_named(name)}: {took[name]:.2f} s", True
+    by_rate = {
+        name: seconds
+        for name in shapes(results)
+        if name not in took and (seconds := long_by_rate_s(results, name, LONG_TOKENS)) is not None
+    }
+    parts = []
+    if took:
         name = min(took, key=lambda n: took[n])
-        return asked, f"none; the fastest is {_named(name)}: {took[name]:.2f} s", False
-    name = max(kept, key=_size)
-    return asked, f"{_named(name)}: {took[name]:.2f} s", True
+        parts.append(f"none; the fastest is {_named(name)}: {took[name]:.2f} s")
+    if by_rate:
+        name = min(by_rate, key=lambda n: by_rate[n])
+        parts.append(f"{_named(name)}, not timed, takes at least {by_rate[name]:.2f} s by its rate")
+    can_tell = parts and all(seconds > LONG_S for seconds in by_rate.values())
+    return asked, "; ".join(parts), False if can_tell else None
 
 
 def _size(name: str) -> tuple[int, float]:

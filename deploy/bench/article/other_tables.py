@@ -124,25 +124,17 @@ def scores(results: Results, dollars_an_hour: float) -> Table:
     return Table("Deployability score", note, columns, rows)
 
 
-def failures(results: Results) -> Table:
-    rows = [[r["shape"], r["part"], r.get("path", NONE), r["failed"]] for r in results.failures()]
-    rows += [
-        [r["shape"], "integration", r["probe"], r["answer"]]
-        for r in results.of("integration")
-        if not r["passed"]
-    ]
-    return Table("What failed or was left out", "", ["model", "part", "path", "reason"], rows, num_names=4)
-
-
 def machines(results: Results) -> Table:
-    rows = []
+    found: dict[tuple[str, ...], list[str]] = {}
     for shape in shapes(results):
         run = results.runs[shape]
         machine, versions = run["machine"], run["versions"]
         host = f"{machine['cpu']}, {machine['cores']} cores"
         packages = [versions.get(package, NONE) for package in ("torch", "ray")]
-        rows.append([shape, machine.get("gpu", "no GPU"), host, *packages, run["date"], run["command"]])
-    columns = ["model", "GPU", "host", "torch", "ray", "date", "command"]
+        cells = (machine.get("gpu", "no GPU"), host, *packages, run["date"], run["command"])
+        found.setdefault(cells, []).append(shape)
+    rows = [[", ".join(names), *cells] for cells, names in found.items()]
+    columns = ["models", "GPU", "host", "torch", "ray", "date", "command"]
     plans = (("--brief", BRIEF), ("--quick", QUICK), ("neither", FULL))
     note = "; ".join(f"{name}: {_repeats(plan)}" for name, plan in plans) + "."
     return Table("Where it was measured, and how often", note, columns, rows, num_names=7)

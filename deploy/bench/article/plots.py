@@ -1,7 +1,8 @@
 """The report's pictures as SVG. Needs matplotlib, which measuring does not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,18 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.patches import Patch
 
-from deploy.bench.article import floors
+from deploy.bench.article import floors, panels
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.speed_tables import best_goodput
-from deploy.bench.article.subjects import SUBJECTS
-from deploy.bench.article.table import by, shapes
+from deploy.bench.article.table import by, floor_ms, label, shapes
 from deploy.bench.article.workloads import DEADLINES
 from engine.models.shapes import SHAPES
 
 plt.rcParams["svg.hashsalt"] = "article"  # the same rows make the same file
 _PEER_HEAD_BITS = 16  # as peer.json's engines keep the output head
-_PANELS = 4  # in a row
-_PLAIN = FuncFormatter(lambda value, place: f"{value:,g}")
-_STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_HTTP, _ALONE, _PEER = "C0", "#a6cbe5", "0.6"
 
 
 def draw(results: Results, directory: Path, peers: Path | None) -> dict[str, Path]:
@@ -32,8 +30,8 @@ def draw(results: Results, directory: Path, peers: Path | None) -> dict[str, Pat
     others = json.loads(peers.read_text())["rows"] if peers is not None and peers.exists() else []
     makers = {
         "One stream against the bandwidth floor": ("floor", lambda: _floor(results, others)),
-        "Tokens a second against streams": ("streams", lambda: _streams(results, others)),
-        "First token by length of the prompt": ("ttft", lambda: _ttft(results)),
+        "Tokens a second against streams": ("streams", lambda: panels.streams(results, others)),
+        "First token by length of the prompt": ("ttft", lambda: panels.first_tokens(results, others)),
         "Goodput under each tier's deadline": ("goodput", lambda: _goodput(results)),
         "Memory by part": ("memory", lambda: _memory(results)),
     }
@@ -48,128 +46,88 @@ def draw(results: Results, directory: Path, peers: Path | None) -> dict[str, Pat
     return found
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    columns = min(_PANELS, count)
-    lines = -(-count // columns)
-    size = (3.4 * max(columns, 2), 3.2 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    flat = list(axes.flat)
-    for spare in flat[count:]:
-        spare.set_visible(False)
-    return figure, flat
+@dataclass(frozen=True)
+class _Bar:
+    """limit: tokens a second that memory's rate allows."""
 
-
-def _plain_logarithm(axes: Any) -> None:
-    """Numbers at 1, 2 and 5 of each decade: a panel may span less than one."""
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(_PLAIN)
-
-
-def _read_rate(results: Results, shape: str) -> float:
-    """Of its run, bytes a second; the best known where it was not measured."""
-    row = next(results.of("memory", shape), {})
-    return 1e9 * row["read_gb_s"] if "read_gb_s" in row else floors.READ_BYTES_S
+    name: str
+    tok_s: float
+    limit: float
+    color: str
 
 
 def _floor(results: Results, others: Sequence[Row]) -> Any:
     """Bars: what of the floor's tokens a second one stream reaches, ours and others'."""
-    bars: list[tuple[str, float, str, str]] = []
-    for shape in shapes(results):
-        one = by(results.of("decode", shape, "http"), "streams").get(1)
-        floor = next((r.get("floor_ms") for r in results.of("memory", shape)), None)
-        if one and floor:
-            text = f"{one['tok_s']:,.0f} of {1e3 / floor:,.0f} tokens/s"
-            bars.append((f"{shape}, {one.get('bits', '')} bits", floor / one["itl_ms"], "C0", text))
-        for peer in others if one and floor else ():
-            if (peer["shape"], peer.get("batch")) == (shape, 1) and "tok_s" in peer:
-                read = floors.step_bytes(SHAPES[shape], peer["bits"], _PEER_HEAD_BITS)
-                limit = 1 / floors.decode_s(read)
-                name = f"{shape}, {peer['engine']} {peer['kernel']}"
-                bars.append((name, peer["tok_s"] / limit, "C7", f"{peer['tok_s']:,.0f} of {limit:,.0f}"))
-    if not bars:
+    groups = [bars for shape in shapes(results) if (bars := list(_floor_bars(results, shape, others)))]
+    if not groups:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(bars)), layout="constrained")
-    names, shares, colors, texts = zip(*bars, strict=True)
-    axes.barh(range(len(bars)), [100 * s for s in shares], color=colors)
-    for place, text in enumerate(texts):
+    bars = [bar for group in groups for bar in group]
+    places = [i + 0.5 * number for number, i in _numbered(groups)]
+    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.32 * places[-1]), layout="constrained")
+    axes.barh(places, [100 * b.tok_s / b.limit for b in bars], color=[b.color for b in bars])
+    for place, bar in zip(places, bars, strict=True):
+        text = f"{bar.tok_s:,.0f} of {bar.limit:,.0f} tokens/s"
         axes.text(102, place, text, fontsize=8, verticalalignment="center")
-    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    axes.set_yticks(places, [b.name for b in bars], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=1)
     axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="% of the tokens/s that memory's rate allows")
+    colors = {_HTTP: "Peregrine, over HTTP", _ALONE: "Peregrine, engine alone", _PEER: "others, engine alone"}
+    used = {b.color for b in bars}
+    handles = [Patch(color=color, label=name) for color, name in colors.items() if color in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
-def _streams(results: Results, others: Sequence[Row]) -> Any:
-    measured = [s for s in shapes(results) if any(results.of("decode", s))]
-    if not measured:
-        return None
-    figure, panels = _panels(len(measured))
-    for axes, shape in zip(panels, measured, strict=False):
-        model, bits = SUBJECTS[shape].shape, SUBJECTS[shape].bits
-        if model is not None and bits is not None:
-            rate = _read_rate(results, shape)
-            roof = [floors.batch_tok_s(model, bits, n, rate) for n in _STREAMS]
-            axes.plot(_STREAMS, roof, "-", color="black", alpha=0.5, label="roof of memory and products")
-        for path, style in (("http", "o-C0"), ("engine", "s--C1")):
-            rows = sorted(results.of("decode", shape, path), key=lambda r: r["streams"])
-            label = "over HTTP" if path == "http" else "engine alone"
-            axes.plot([r["streams"] for r in rows], [r["tok_s"] for r in rows], style, label=label)
-        of_shape = [r for r in others if r["shape"] == shape and "tok_s" in r]
-        for number, kernel in enumerate(dict.fromkeys(r["kernel"] for r in of_shape)):
-            rows = [r for r in of_shape if r["kernel"] == kernel]
-            places = [r["batch"] for r in rows], [r["tok_s"] for r in rows]
-            axes.plot(*places, "x:", color=f"C{3 + number}", label=f"{rows[0]['engine']} {kernel}")
-        axes.set(title=shape, xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
-        axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-        _plain_logarithm(axes)
-        axes.legend(fontsize=6)
-    return figure
+def _numbered(groups: Sequence[Sequence[Any]]) -> Iterator[tuple[int, int]]:
+    """A group's number and its bar's, counted through."""
+    place = 0
+    for number, group in enumerate(groups):
+        for _ in group:
+            yield number, place
+            place += 1
 
 
-def _ttft(results: Results) -> Any:
-    measured = [s for s in shapes(results) if any(results.of("ttft", s))]
-    if not measured:
-        return None
-    figure, panels = _panels(len(measured))
-    for axes, shape in zip(panels, measured, strict=False):
-        for path, style in (("http", "o-C0"), ("engine", "s--C1")):
-            rows = sorted(results.of("ttft", shape, path), key=lambda r: r["prompt_tokens"])
-            label = "over HTTP" if path == "http" else "engine alone"
-            axes.plot([r["prompt_tokens"] for r in rows], [r["ttft_ms"] for r in rows], style, label=label)
-        if (model := SUBJECTS[shape].shape) is not None:
-            lengths = [128, 512, 2048]
-            floor = [1e3 * floors.prompt_s(model, n) for n in lengths]
-            axes.plot(lengths, floor, "-", color="black", alpha=0.5, label="floor of e4m3 products")
-        axes.set(title=shape, xlabel="prompt tokens", ylabel="first token, ms", xscale="log", yscale="log")
-        axes.set_xticks([128, 512, 2048], ["128", "512", "2,048"])
-        _plain_logarithm(axes)
-        axes.legend(fontsize=6)
-    return figure
+def _floor_bars(results: Results, shape: str, others: Sequence[Row]) -> Iterator[_Bar]:
+    """Ours over HTTP, else the engine alone; then others', whose limit is by the read rate of our run."""
+    floor = floor_ms(results, shape)
+    served, alone = (by(results.of("decode", shape, path), "streams").get(1) for path in ("http", "engine"))
+    if floor is None or (one := served or alone) is None:
+        return
+    yield _Bar(label(shape), one["tok_s"], 1e3 / floor, _HTTP if served else _ALONE)
+    for peer in others:
+        if (peer["shape"], peer.get("batch")) == (shape, 1) and "tok_s" in peer:
+            read = floors.step_bytes(SHAPES[shape], peer["bits"], _PEER_HEAD_BITS)
+            limit = 1 / floors.decode_s(read, panels.read_rate(results, shape))
+            yield _Bar(panels.peer_name(peer), peer["tok_s"], limit, _PEER)
 
 
 def _goodput(results: Results) -> Any:
+    """A tier that was not measured has no bar, and says so: nothing is not zero."""
     measured = [s for s in shapes(results) if any(results.of("goodput", s))]
     if not measured:
         return None
-    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * max(5, len(measured)), 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(7.0, 1.5 + 2.2 * len(measured)), 3.6), layout="constrained")
     width = 0.8 / len(DEADLINES)
     for number, deadline in enumerate(DEADLINES):
-        heights = []
-        for shape in measured:
+        found = {}
+        for place, shape in enumerate(measured):
+            x = place + (number - (len(DEADLINES) - 1) / 2) * width
             rows = [r for r in results.of("goodput", shape) if r["tier"] == deadline.tier]
-            heights.append(best_goodput(rows)["goodput_req_s"] if rows else 0.0)
-        places = [i + (number - 1.5) * width for i in range(len(measured))]
-        drawn = axes.bar(
-            places, heights, width, label=f"{deadline.tier}, {deadline.ends} {deadline.seconds:g} s"
-        )
-        axes.bar_label(drawn, [f"{h:.3g}" for h in heights], fontsize=6)
-    axes.set_xticks(range(len(measured)), measured)
+            if rows:
+                found[x] = best_goodput(rows)["goodput_req_s"]
+            else:
+                axes.text(x, 0.05, "not measured", fontsize=7, rotation=90, ha="center", va="bottom")
+        bars = axes.bar(list(found), list(found.values()), width, color=f"C{number}")
+        axes.bar_label(bars, [f"{h:.3g}" for h in found.values()], fontsize=7)
+    axes.set_xticks(range(len(measured)), [label(s) for s in measured])
     axes.set_yscale("symlog", linthresh=1)
-    axes.yaxis.set_major_formatter(_PLAIN)
-    axes.set(ylabel="good requests a second", ylim=(0, 1.6 * max(1.0, axes.get_ylim()[1])))
-    axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.yaxis.set_major_formatter(panels.PLAIN)
+    top = 1.6 * max(1.0, axes.get_ylim()[1])
+    axes.set(ylabel="good requests a second", ylim=(0, top), xlim=(-0.5, len(measured) - 0.5))
+    names = [f"{d.tier}, {d.ends} in {d.seconds:g} s" for d in DEADLINES]
+    handles = [Patch(color=f"C{number}", label=name) for number, name in enumerate(names)]
+    figure.legend(handles=handles, fontsize=7, ncols=4, loc="outside upper center")
     return figure
 
 
@@ -177,13 +135,13 @@ def _memory(results: Results) -> Any:
     rows = [r for s in shapes(results) for r in results.of("memory", s)]
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.42 * len(rows)), layout="constrained")
     start = [0.0] * len(rows)
-    for part, label in (("weights_gb", "weights"), ("workspace_gb", "workspace"), ("kv_gb", "KV cache")):
+    for part, name in (("weights_gb", "weights"), ("workspace_gb", "workspace"), ("kv_gb", "KV cache")):
         sizes = [r.get(part, 0.0) for r in rows]
-        axes.barh([r["shape"] for r in rows], sizes, left=start, label=label)
+        axes.barh([label(r["shape"]) for r in rows], sizes, left=start, label=name)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="GB")
-    axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.legend(fontsize=8, ncols=3, loc="outside upper center")
     return figure

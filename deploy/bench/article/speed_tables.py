@@ -6,7 +6,7 @@ from deploy.bench.article.asked import ADDED_ITL, ADDED_TTFT_MS
 from deploy.bench.article.goodput import GOOD_SHARE
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.subjects import SUBJECTS
-from deploy.bench.article.table import NONE, Table, by, floor_ms, number, shapes
+from deploy.bench.article.table import NONE, Table, by, floor_ms, is_cut_off, number, shapes
 from deploy.bench.article.workloads import DEADLINES, WORKLOADS
 
 
@@ -30,7 +30,7 @@ def summary(results: Results) -> Table:
                 number(share, ".0%"),
                 number(long.get("e2e_s"), ".2f"),
                 number(best.get("tok_s"), ",.0f"),
-                number(best.get("streams"), "d"),
+                number(best.get("streams"), "d") + (", cut off" if is_cut_off(results, shape) else ""),
                 number(best.get("itl_ms_p99")),
                 number(best.get("joules_per_token"), ".3f"),
             ]
@@ -39,7 +39,8 @@ def summary(results: Results) -> Table:
     columns += ["share of floor", "2,000 tokens, s", "tokens/s, most", "streams", "its ITL p99 ms", "J/token"]
     note = (
         "Over HTTP through HAProxy, one replica. Bits are those of the layers' matrices. The floor is what a "
-        "step must read over the read-only rate measured in the same run."
+        "step must read over the read-only rate measured in the same run. Cut off: time was up before more "
+        "streams had been tried."
     )
     return Table("All models, over HTTP", note, columns, rows)
 

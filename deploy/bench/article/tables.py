@@ -2,6 +2,7 @@
 
 from deploy.bench.article import other_tables, speed_tables
 from deploy.bench.article.asked import asked_table
+from deploy.bench.article.left_out import left_out
 from deploy.bench.article.results import Results
 from deploy.bench.article.table import Table
 
@@ -22,7 +23,7 @@ def tables(results: Results, dollars_an_hour: float) -> list[Table]:
         other_tables.speculation(results),
         other_tables.edge(results),
         other_tables.scores(results, dollars_an_hour),
-        other_tables.failures(results),
+        left_out(results),
         other_tables.machines(results),
     ]
     return [table for table in found if table.rows]
