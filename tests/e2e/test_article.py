@@ -17,10 +17,10 @@ SHORT = dataclasses.replace(
     prompts=(128,),
     engine_batches=(1,),
     streams=(1, 2),
-    output=32,
+    output=256,  # enough that streams run together, however late the second one begins
     long_output=64,
     workload_share=0.02,
-    deadlines=DEADLINES[:1],
+    deadlines=[dataclasses.replace(DEADLINES[0], seconds=60.0)],
     rates=1,
     rate_s=0.5,
 )

@@ -122,4 +122,5 @@ def _size(name: str) -> tuple[int, float]:
 
 def _named(name: str) -> str:
     subject = SUBJECTS[name]
-    return f"{subject.shape_name.upper()} at {subject.bits:g} bits"
+    shape = subject.shape_name.upper()
+    return shape if subject.bits is None else f"{shape} at {subject.bits:g} bits"
