@@ -21,6 +21,7 @@ from deploy.config import PeregrineConfig
 from deploy.models import resolve_model
 from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
+from engine.model_runner import resolve_device
 
 OUTPUT_TOKENS = 64
 _REQUEST_TIMEOUT_S = 300
@@ -45,9 +46,7 @@ def run(
 
 def _beside_another(engine: EngineConfig) -> EngineConfig:
     """With a KV cache that leaves room: two engines share the GPU, of which the first would take all."""
-    import torch
-
-    if engine.kv_cache_bytes is not None or engine.device == "cpu" or not torch.cuda.device_count():
+    if engine.kv_cache_bytes is not None or resolve_device(engine).type == "cpu":
         return engine
     return dataclasses.replace(engine, kv_cache_bytes=_GPU_KV_BYTES)
 

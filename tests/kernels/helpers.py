@@ -3,6 +3,7 @@
 import torch
 
 import kernels
+from kernels.cuda.packing import DeviceWeight, to_device
 from kernels.formats import Format
 
 FORMATS = [
@@ -37,6 +38,12 @@ def random_integer(n: int, k: int, name: str, seed: int = 0) -> kernels.IntegerW
 
 def random_packed(n: int, k: int, name: str, seed: int = 0) -> kernels.PackedWeight:
     return kernels.pack(random_integer(n, k, name, seed))
+
+
+def random_weight(n: int, k: int, *names: str, device: str = "cuda") -> DeviceWeight:
+    """Matrices [n, k] of these formats, one below the other, as the CUDA kernels have them."""
+    packed = (random_packed(n, k, name, seed) for seed, name in enumerate(names))
+    return DeviceWeight(tuple(part for p in packed for part in to_device(p, torch.device(device)).parts))
 
 
 def rope(max_len: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

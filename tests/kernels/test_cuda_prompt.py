@@ -8,20 +8,15 @@ import torch
 from engine.cuda.bounds import largest_gated
 from kernels import prefill
 from kernels.cuda import prompt, tables
-from kernels.cuda.packing import DeviceWeight, dequantize, to_device
+from kernels.cuda.packing import DeviceWeight, dequantize
 from kernels.reference import activate
-from tests.kernels.helpers import random_packed
+from tests.kernels.helpers import random_weight
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU (sm_90)")]
 DEVICE = torch.device("cuda")
 NARROW = ["w2g128", "w2g32", "w2g64", "w3g64", "w3g128", "w4g64", "w4g128", "w4g32-f16", "w4g64-sym"]
 WIDE = ["w5g128", "w6g128", "w6g128-sym", "w8row-sym", "w5g32-f16", "w8g32-f16"]
-
-
-def _weight(n: int, k: int, *names: str) -> DeviceWeight:
-    parts = [to_device(random_packed(n, k, name, seed), DEVICE).parts for seed, name in enumerate(names)]
-    return DeviceWeight(sum(parts, ()))
 
 
 def _operands(weight: DeviceWeight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +52,7 @@ def _check(
 @pytest.mark.parametrize("rows", [128, 256])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_product(name, shape, tokens, rows, splits, monkeypatch):
-    weight = _weight(*shape, name)
+    weight = random_weight(*shape, name)
     units = weight.parts[0].units
     cut = prompt.plan(tokens, 16, 1)
     rows = rows if cut.tile > 16 else rows // 2 - 16  # a narrow block may have any number up to 128
@@ -74,14 +69,14 @@ def test_parts_of_one_format_and_of_several(tokens, monkeypatch):
         ("w2g64", "w4g32-f16"),
         ("w8row-sym", "w6g128"),
     ):
-        weight = _weight(208, 512, *names)
+        weight = random_weight(208, 512, *names)
         assert prompt.can_multiply(weight)
         _check(weight, tokens, monkeypatch)
-    assert not prompt.can_multiply(_weight(75, 256, "w4g64", "w4g64"))
+    assert not prompt.can_multiply(random_weight(75, 256, "w4g64", "w4g64"))
 
 
 def test_a_narrow_matrix_is_split_along_k(monkeypatch):
-    got = _check(_weight(128, 8192, "w4g64"), 40, monkeypatch)
+    got = _check(random_weight(128, 8192, "w4g64"), 40, monkeypatch)
     assert got.values.dim() == 3
     assert len(got.values) > 1
 
@@ -89,7 +84,7 @@ def test_a_narrow_matrix_is_split_along_k(monkeypatch):
 @pytest.mark.parametrize("tokens", [16, 130])
 @pytest.mark.parametrize("n", [640, 1001])
 def test_a_whole_product(tokens, n, monkeypatch):
-    got = _check(_weight(n, 2048, "w6g128"), tokens, monkeypatch, is_whole=True)
+    got = _check(random_weight(n, 2048, "w6g128"), tokens, monkeypatch, is_whole=True)
     assert got.values.shape == (tokens, n)
     assert got.values.dtype == torch.float32
 
@@ -99,9 +94,9 @@ def test_a_whole_product(tokens, n, monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100, 200])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_product(name, n, tokens, activation, monkeypatch):
-    weight = _weight(n, 800, *(name,) * 2)
+    weight = random_weight(n, 800, *(name,) * 2)
     units = prompt.units_of(weight)
-    weight = weight if len(set(units)) == 1 else _weight(n, 800, name)
+    weight = weight if len(set(units)) == 1 else random_weight(n, 800, name)
     if len(weight.parts) == 1:  # of an affine format, whose unit depends on its values
         weight = DeviceWeight(weight.parts * 2)
         units = prompt.units_of(weight)
@@ -125,7 +120,7 @@ def test_replays_of_a_chain_are_the_same_bits():
     """Kernels that start before the one before has ended read nothing too early."""
     from kernels.triton_ops import prefill as ops
 
-    weights = [_weight(1024, 1024, "w4g64") for _ in range(4)]
+    weights = [random_weight(1024, 1024, "w4g64") for _ in range(4)]
     x, norm = torch.randn(48, 1024, device=DEVICE), torch.ones(1024, device=DEVICE)
     stream = torch.cuda.Stream()
 
@@ -152,7 +147,7 @@ def test_replays_of_a_chain_are_the_same_bits():
 
 @pytest.mark.parametrize("name", [*NARROW, *WIDE])
 def test_dequantize_to_e4m3(name):
-    weight = _weight(75, 800, name)
+    weight = random_weight(75, 800, name)
     values, scale = _operands(weight)
     exact = dequantize(weight.parts[0])
     error = (values.float() * scale[:, None] - exact).norm() / exact.norm()
@@ -162,7 +157,7 @@ def test_dequantize_to_e4m3(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_parts_are_dequantized_below_each_other(dtype):
-    weight = _weight(75, 288, "w4g64", "w4g64", "w8row-sym")
+    weight = random_weight(75, 288, "w4g64", "w4g64", "w8row-sym")
     exact = torch.cat([dequantize(p) for p in weight.parts])
     got = tables.dequantize(weight, dtype).float()
     assert (got - exact).norm() / exact.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-4)

@@ -5,18 +5,13 @@ import torch
 
 from kernels import prefill
 from kernels.cuda import prompt, prompt_fp8, tables
-from kernels.cuda.packing import DeviceWeight, dequantize, to_device
-from tests.kernels.helpers import random_packed
+from kernels.cuda.packing import DeviceWeight, dequantize
+from tests.kernels.helpers import random_weight
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU (sm_90)")]
 DEVICE = torch.device("cuda")
 NAMES = ["w2g128", "w2g32", "w2g64", "w3g64", "w3g128", "w4g64", "w4g128", "w4g32-f16", "w4g64-sym"]
-
-
-def _weight(n: int, k: int, *names: str) -> DeviceWeight:
-    parts = [to_device(random_packed(n, k, name, seed), DEVICE).parts for seed, name in enumerate(names)]
-    return DeviceWeight(sum(parts, ()))
 
 
 def _check(weight: DeviceWeight, tokens: int, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -56,19 +51,19 @@ def _check(weight: DeviceWeight, tokens: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("tile", [128, 192, 256])
 def test_product(name, shape, tokens, tile, monkeypatch):
     monkeypatch.setattr(prompt_fp8, "plan", lambda *sizes: (tile, 0.0))
-    _check(_weight(*shape, name), tokens, monkeypatch)
+    _check(random_weight(*shape, name), tokens, monkeypatch)
 
 
 def test_parts_of_one_format_and_of_several(monkeypatch):
     for names in (("w4g64",) * 3, ("w4g64", "w4g64", "w3g64"), ("w2g64", "w4g32-f16")):
-        weight = _weight(208, 512, *names)
+        weight = random_weight(208, 512, *names)
         assert prompt.can_multiply(weight)
         _check(weight, 300, monkeypatch)
 
 
 def test_many_blocks_give_the_same_bits_each_time(monkeypatch):
     """More clusters than run at once, and more units than the rings hold."""
-    weight = _weight(8192, 4096, "w4g64")
+    weight = random_weight(8192, 4096, "w4g64")
     first = _check(weight, 700, monkeypatch)
     for _ in range(20):
         assert torch.equal(first, _check(weight, 700, monkeypatch))

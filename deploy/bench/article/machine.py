@@ -18,10 +18,7 @@ from deploy.bench.article.subjects import SUBJECTS
 
 _DESCRIBE_S = 120.0
 _BUILD_S = 600.0
-_FREE_BYTES, _FREE_S = (
-    2e9,
-    15.0,
-)  # in use on the GPU when the last server has gone, and how long that may take
+_FREE_BYTES, _FREE_S = 2e9, 15.0  # in use on the GPU when the last server has gone; how long that may take
 _QUIET_CORES, _QUIET_S = 1.5, 8.0  # in use when nothing is measured yet, and how long that may take
 _POLL_S = 0.05
 
