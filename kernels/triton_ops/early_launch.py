@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel's blocks start while the kernel before still runs, and wait there.
 
 So a launch's latency is hidden, and a product (src/prompt.cu) reads its first weights meanwhile. Every kernel
-of such a chain waits before it reads or writes anything, also a block with nothing to do: a kernel that has
-ended then tells that all before it have.
+of such a chain waits before it writes, and before it reads what a kernel wrote, also a block with nothing to
+do: a kernel that has ended then tells that all before it have.
 """
 # mypy: disable-error-code="no-untyped-def"
 

@@ -13,9 +13,21 @@ from kernels.triton_ops.decode_attention import attend_next
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.prefill_append import rope_and_append
 from kernels.triton_ops.prefill_attention import attend
-from kernels.triton_ops.rows import FORMS, load_product, outputs, row_shape, store_activations
+from kernels.triton_ops.rows import (
+    FORMS,
+    load_product,
+    outputs,
+    row_shape,
+    store_activations,
+    store_known,
+)
 
 __all__ = ["add", "attend", "attend_next", "gate", "normalize", "quantize", "rope_and_append"]
+
+
+@triton.jit
+def add_and_maximum(sum_a, largest_a, sum_b, largest_b):
+    return sum_a + sum_b, tl.maximum(largest_a, largest_b)
 
 
 @triton.jit
@@ -42,10 +54,12 @@ def normalize_rows(
     BLOCK: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    wait_for_kernel_before(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < hidden
+    if HAS_NORM:  # comes from memory while the kernel before ends, which does not write it
+        weight = tl.load(norm_ptr + at, mask, other=0.0)
+    wait_for_kernel_before(IS_EARLY)
     x = tl.load(x_ptr + row * hidden + at, mask, other=0.0)
     if HAS_OUT:
         out = load_product(
@@ -67,9 +81,10 @@ def normalize_rows(
         x += out
         tl.store(x_ptr + row * hidden + at, x, mask)
     if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
-        normed = x * scale * tl.load(norm_ptr + at, mask, other=0.0)
-        store_activations(normed, row, at, hidden, normed_ptr, scale_ptr, padded, FORM)
+        weighted = x * weight
+        squares, largest = tl.reduce((x * x, tl.abs(weighted)), 0, add_and_maximum)
+        scale = tl.rsqrt(squares / hidden + eps)
+        store_known(weighted * scale, largest * scale, row, at, hidden, normed_ptr, scale_ptr, padded, FORM)
 
 
 @triton.jit

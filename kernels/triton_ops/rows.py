@@ -58,9 +58,18 @@ def tiled_fp8_place(row, at, padded):
 @triton.jit
 def store_activations(value, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
     """A whole row of a matrix's input; value is zero from `width` on. FORM: see FORMS."""
+    largest = 0.0
+    if FORM > 0:
+        largest = tl.max(tl.abs(value), axis=0)
+    store_known(value, largest, row, at, width, out_ptr, scale_ptr, padded, FORM)
+
+
+@triton.jit
+def store_known(value, largest, row, at, width, out_ptr, scale_ptr, padded, FORM: tl.constexpr):
+    """The same, where the largest absolute value is known."""
     if FORM > 0:
         LIMIT: tl.constexpr = _TILED_MAX if FORM == 2 else _FP8_MAX
-        largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-20)
+        largest = tl.maximum(largest, 1e-20)
         tl.store(scale_ptr + row, largest / LIMIT)
         value *= LIMIT / largest
     if FORM >= 2:

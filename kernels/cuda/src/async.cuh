@@ -55,6 +55,21 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
       : "memory");
 }
 
+// Both at once: asking takes a while.
+__device__ __forceinline__ void mbarrier_wait(uint32_t first, uint32_t second, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred one, done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 one, [%0], %2;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+      "and.pred done, done, one;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(first),
+      "r"(second), "r"(parity)
+      : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) { mbarrier_wait(shared_address(bar), parity); }
 
 // Waits some 200 ns at most; whether the phase is complete.
@@ -105,6 +120,10 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 
 __device__ __forceinline__ void copy16_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy4_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

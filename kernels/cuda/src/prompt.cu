@@ -21,8 +21,8 @@ namespace {
 constexpr int kMaxRing = 16;
 constexpr int kInFlight = 2;  // units of weights that a block waits for
 constexpr int kPadding = 4;   // floats behind a token's row of results: no bank conflicts
-// Of a multiprocessor's 228 KB a block takes 1 KB more; and barriers, and what aligns the rings.
-constexpr int kSharedBytes = (228 - 1 - 2) * 1024, kHalfSharedBytes = (114 - 1 - 2) * 1024;
+// Of a multiprocessor's 228 KB a block takes 1 KB more; and barriers, factors, and what aligns the rings.
+constexpr int kSharedBytes = (228 - 1 - 4) * 1024, kHalfSharedBytes = (114 - 1 - 3) * 1024;
 
 // Two blocks of 128 rows share a multiprocessor where their accumulators leave room for it.
 template <int kTiles, int kTokens>
@@ -102,9 +102,15 @@ __device__ void stream_activations(const Prompt& p, const Ring& ring, int begin,
   }
 }
 
+// What results are multiplied by: read long before, for a trip to memory takes as long as several units.
+template <int kTiles, int kTokens>
+struct Factors {
+  float rows[kTileRows * kTiles], tokens[kTokens];
+};
+
 // Writes a block's results [tokens][stride], still without their tokens' scales.
-__device__ void store_product(const Prompt& p, const float* results, int stride, int first_token, int num_tokens, int warp,
-                              int lane) {
+__device__ void store_product(const Prompt& p, const float* results, const float* scales, int stride, int first_token,
+                              int num_tokens, int warp, int lane) {
   const int rows = kTileRows * p.tiles;
   const int parts = (rows + 127) / 128;  // of a token's results, one for a warp
   const Segment& last = p.pieces.segments[p.pieces.count - 1];
@@ -114,7 +120,7 @@ __device__ void store_product(const Prompt& p, const float* results, int stride,
   for (int t = warp / parts; t < num_tokens; t += p.tiles / parts) {
     const int token = first_token + t;
     float4 v = *reinterpret_cast<const float4*>(results + t * stride + at_row);
-    const float scale = p.token_scale[token];
+    const float scale = scales[t];
     v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
     const int64_t to = (static_cast<int64_t>(blockIdx.z) * p.tokens + token) * p.n + column;
     if (num_columns < 4 || p.n % 4 != 0) {  // a vocabulary of any size
@@ -134,12 +140,12 @@ __device__ void store_product(const Prompt& p, const float* results, int stride,
   }
 }
 
-__device__ void store_gated(const Prompt& p, const float* results, int stride, int first_token, int num_tokens, int warp,
-                            int lane) {
+__device__ void store_gated(const Prompt& p, const float* results, const float* scales, int stride, int first_token,
+                            int num_tokens, int warp, int lane) {
   const int half = kTileRows * p.tiles / 2;
   for (int t = warp; t < num_tokens; t += p.tiles) {
     const int token = first_token + t;
-    const float scale = p.token_scale[token];
+    const float scale = scales[t];
     const float *gate = results + t * stride, *up = gate + half;
     for (int i = lane; i < half / 2; i += 32) {
       const int c = i / 2 * 4 + i % 2, column = blockIdx.y * half + c;  // and c + 2: neighbours in the order of fragments
@@ -157,21 +163,27 @@ __device__ void store_gated(const Prompt& p, const float* results, int stride, i
 }
 
 template <class F, int kTiles, int kTokens>
-__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, const Ring& sums, uint8_t* shared, int count,
-                        int warp, int lane) {
+__device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, const Ring& sums, uint8_t* shared,
+                        Factors<kTiles, kTokens>& factors, int count, int warp, int lane) {
+  const Place place = place_of_warp(p, warp);
+  const int first_token = blockIdx.x * kTokens, num_tokens = min(kTokens, p.tokens - first_token);
+  if (place.matrix != nullptr && lane < kTileRows)
+    copy4_async(&factors.rows[warp * kTileRows + lane], place.matrix->row_factor + place.tile * kTileRows + lane);
+  Turn().wait_full(x);  // then the kernel before has ended
+  for (int t = warp * 32 + lane; t < num_tokens; t += 32 * p.tiles) copy4_async(&factors.tokens[t], p.token_scale + first_token + t);
   const int at = warp * p.pieces.segments[0].unit_bytes;
   float acc[kTokens / 2] = {};
   if constexpr (kIsNarrow<kTokens>) accumulate_mma<F>(weights, x, sums, count, at, p.inverse_unit, lane, acc);
   else accumulate_wgmma<F, kTokens>(weights, x, count, at, __float2half2_rn(p.inverse_unit), lane, acc);
   wait_for_kernel_before();
+  wait_copies();
   consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
   float* const results = reinterpret_cast<float*>(shared);
   const int rows = kTileRows * p.tiles, stride = rows + kPadding;
-  const Place place = place_of_warp(p, warp);
 #pragma unroll
   for (int r8 = 0; r8 < 2; ++r8) {
     const int row = lane / 4 + 8 * r8;
-    const float scale = place.matrix ? place.matrix->row_factor[place.tile * kTileRows + row] * p.unit : 0;
+    const float scale = place.matrix ? factors.rows[warp * kTileRows + row] * p.unit : 0;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j)
 #pragma unroll
@@ -179,9 +191,8 @@ __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, con
         results[(8 * j + 2 * (lane % 4) + e) * stride + warp * kTileRows + row] = acc[4 * j + 2 * r8 + e] * scale;
   }
   consumers_wait(p.tiles);
-  const int first_token = blockIdx.x * kTokens, num_tokens = min(kTokens, p.tokens - first_token);
-  if (!p.is_gated) store_product(p, results, stride, first_token, num_tokens, warp, lane);
-  else store_gated(p, results, stride, first_token, num_tokens, warp, lane);
+  if (!p.is_gated) store_product(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
+  else store_gated(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
 }
 
 template <class F, int kTiles, int kTokens>
@@ -189,6 +200,7 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
     prompt_matmul(const __grid_constant__ Prompt p) {
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[5][kMaxRing];
+  __shared__ Factors<kTiles, kTokens> factors;
   uint8_t* const data = shared + (1024 - shared_address(shared) % 1024) % 1024;
   constexpr int kXStage = kIsNarrow<kTokens> ? kXUnitBytes : 128 * kTokens;
   const Ring weights{data + p.x_stages * kXStage, barriers[0], barriers[1], p.weight_stages,
@@ -222,7 +234,7 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
   } else {
     if constexpr (!kIsNarrow<kTokens> && kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     else if constexpr (!kIsNarrow<kTokens> && kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-    consume<F, kTiles, kTokens>(p, weights, x, sums, data, end - begin, warp, lane);
+    consume<F, kTiles, kTokens>(p, weights, x, sums, data, factors, end - begin, warp, lane);
   }
 }
 

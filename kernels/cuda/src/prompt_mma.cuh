@@ -165,11 +165,13 @@ __device__ void sum_activations(const Ring& x, const Ring& sums, int count, int 
   }
 }
 
-// As accumulate_wgmma, for one warp by itself; stages are units of all tokens.
+// As accumulate_wgmma, for one warp by itself; stages are units of all tokens. What a product needs is read some products
+// before it, and zero points come last: a warp has few others beside it that would hide its waits.
 template <class F>
 __device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, float inverse_unit,
                                int lane, float (&acc)[kMmaTokens / 2]) {
-  constexpr int kWords = kParameterWords<F>, kSteps = F::kGroup == 0 ? 8 : F::kGroup / 32;
+  constexpr int kWords = kParameterWords<F>, kSteps = F::kGroup == 0 ? 16 : F::kGroup / 16;  // of 16 columns
+  constexpr int kAhead = 2;
   // Where the lane reads in the first stage of each ring.
   const uint32_t tile = shared_address(weights.data) + at;
   const uint32_t first_codes = kept(tile + lane * 16), first_row = kept(tile + kCodeBytes<F::kBits> + lane / 4 * kWords * 4);
@@ -178,52 +180,56 @@ __device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& s
   float total[2][4] = {};
   Turn unit;
   for (int u = 0; u < count; ++u, unit.next(weights)) {
-    unit.wait_full(weights);
-    unit.wait_full(x);
-    unit.wait_full(sums);
-    const uint32_t here = unit.stage * weights.stage_bytes, codes_at = first_codes + here, row = first_row + here;
-    const uint32_t own_sums = first_sums + unit.stage * kSumsBytes<F>;
-    uint32_t places[4];
+    unit.wait_full(weights, x);
+    const uint32_t here = unit.stage * weights.stage_bytes;
+    uint32_t places[4], codes[2][4][4], b[kAhead + 1][4], params[kWords];
     place.of_stage(unit.stage, places);
+    const auto read_codes = [&](int pair) {
+      const uint32_t codes_at = first_codes + here;
+      load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
+                                 pair, 0, codes[pair]);
+    };
+    read_codes(0);
 #pragma unroll
-    for (int set = 0; set < kSumSets<F>; ++set) {
-      uint32_t a[4];
-      zero_points<F>(row, set, inverse_unit, lane, a);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint2 b = shared8(own_sums + (2 * set + j) * 256);
-        mma_half(total[j], a, b.x, b.y);
-      }
-    }
-    const UnitParameters<F> params(row);
+    for (int k = 0; k < kAhead; ++k) load_x(places, k / 2, k % 2, b[k]);
     float c[2][4];
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t codes[4][4];
-      load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
-                                 pair, 0, codes);
+    for (int k = 0; k < 16; ++k) {
+      if (k + kAhead < 16) load_x(places, (k + kAhead) / 2, k % 2, b[(k + kAhead) % (kAhead + 1)]);
+      if (k == 4) read_codes(1);
+      if (k == 0) {
+        const UnitParameters<F> own(first_row + here);
 #pragma unroll
-      for (int piece = 0; piece < 4; ++piece) {  // of 32 columns
-        const int step = 4 * pair + piece, group = step / kSteps;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // of 16
-          uint32_t a[4], b[4];
-          code_halves<F>(codes[piece][2 * i], codes[piece][2 * i + 1], a);
-          load_x(places, step, i, b);
-          if (step % kSteps == 0 && i == 0) {
-            first_mma_half(c[0], a, b[0], b[1]), first_mma_half(c[1], a, b[2], b[3]);
-          } else {
-            mma_half(c[0], a, b[0], b[1]), mma_half(c[1], a, b[2], b[3]);
-          }
-        }
-        if (step % kSteps < kSteps - 1) continue;
-        const float factors[2] = {group_factor<F>(params.words, group, 0, inverse_unit),
-                                  group_factor<F>(params.words, group, 1, inverse_unit)};
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) total[j][i] = fmaf(c[j][i], factors[i / 2], total[j][i]);
+        for (int i = 0; i < kWords; ++i) params[i] = own.words[i];
       }
+      const uint32_t(&own)[4] = codes[k / 8][k / 2 % 4];
+      const uint32_t(&x_k)[4] = b[k % (kAhead + 1)];
+      uint32_t a[4];
+      code_halves<F>(own[k % 2 * 2], own[k % 2 * 2 + 1], a);
+      if (k % kSteps == 0) {
+        first_mma_half(c[0], a, x_k[0], x_k[1]), first_mma_half(c[1], a, x_k[2], x_k[3]);
+      } else {
+        mma_half(c[0], a, x_k[0], x_k[1]), mma_half(c[1], a, x_k[2], x_k[3]);
+      }
+      if (k % kSteps < kSteps - 1) continue;
+      const float factors[2] = {group_factor<F>(params, k / kSteps, 0, inverse_unit),
+                                group_factor<F>(params, k / kSteps, 1, inverse_unit)};
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[j][i] = fmaf(c[j][i], factors[i / 2], total[j][i]);
+    }
+    unit.wait_full(sums);
+    const uint32_t own_sums = first_sums + unit.stage * kSumsBytes<F>;
+#pragma unroll
+    for (int set = 0; set < kSumSets<F>; ++set) {
+      uint2 of_set[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) of_set[j] = shared8(own_sums + (2 * set + j) * 256);
+      uint32_t a[4];
+      zero_points<F>(first_row + here, set, inverse_unit, lane, a);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) mma_half(total[j], a, of_set[j].x, of_set[j].y);
     }
     warp_arrive(&weights.empty[unit.stage], lane);
   }

@@ -22,6 +22,10 @@ struct Turn {
   }
   __device__ __forceinline__ uint8_t* data(const Ring& ring) const { return ring.data + stage * ring.stage_bytes; }
   __device__ __forceinline__ void wait_full(const Ring& ring) const { mbarrier_wait(&ring.full[stage], parity); }
+  // Of two rings alike.
+  __device__ __forceinline__ void wait_full(const Ring& first, const Ring& second) const {
+    mbarrier_wait(shared_address(&first.full[stage]), shared_address(&second.full[stage]), parity);
+  }
   __device__ __forceinline__ void wait_empty(const Ring& ring) const { mbarrier_wait(&ring.empty[stage], parity ^ 1); }
 };
 
