@@ -241,6 +241,8 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
 template <class F, int kTiles, int kTokens>
 cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   constexpr int kLine = 128 * kTokens, kRoom = kBlocksOf<kTiles, kTokens> == 2 ? kHalfSharedBytes : kSharedBytes;
+  constexpr int kBeside = sizeof(Factors<kTiles, kTokens>) + 5 * kMaxRing * sizeof(uint64_t) + 1024;
+  static_assert(kBlocksOf<kTiles, kTokens> * (kRoom + kBeside + 1024) <= 228 * 1024, "the blocks do not fit");
   const int unit = p.tiles * p.pieces.segments[0].unit_bytes;
   int sums = 0;
   if constexpr (kIsNarrow<kTokens>) {
