@@ -67,7 +67,13 @@ def run(
     floor_ms = read_bytes / rate / 1e6
     launches = timer.launches_per_token()
     rows: list[dict[str, Any]] = []
-    base = {"shape": shape, "bits": bits, "read_gb_s": round(rate), "weight_gb": round(read_bytes / 1e9, 2)}
+    base = {
+        "shape": shape,
+        "bits": bits,
+        "read_gb_s": round(rate),
+        "weight_gb": round(read_bytes / 1e9, 2),
+        "largest_batch": max(batches),  # that the engine was made for
+    }
     if kv_cache_dtype != "auto":
         base["kv_cache_dtype"] = kv_cache_dtype
     for num_prompt in prompts:
