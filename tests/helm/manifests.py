@@ -1,12 +1,11 @@
-"""What the tests of the chart share: the values files they go over, and parts of the manifests by name."""
-
-from pathlib import Path
+"""What the tests of the chart share: to go over every values file, and parts of the manifests by name."""
 
 import pytest
 import yaml
 
+from tests.helm.rendering import FILES
+
 KUBERNETES = ("1.29", "1.34")
-FILES = ["values-cpu.yaml", *sorted(p.name for p in (Path(__file__).parent / "values").iterdir())]
 STEPS = {
     "upgrade": {"strategy": "NewClusterWithIncrementalUpgrade", "gatewayClassName": "istio"},
     "config": {"cluster": {"autoscaling": {"max_replicas": 2}}},

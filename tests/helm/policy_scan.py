@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tests.helm.rendering import NAMESPACE, render, values_file
+from tests.helm.rendering import FILES, NAMESPACE, render, values_file
 
 REPOSITORY = Path(__file__).parents[2]
 ACCEPTED = {
@@ -76,8 +76,7 @@ def _scan(checkov: str, directory: str, framework: str) -> list[tuple[str, str]]
 
 
 def main(checkov: str) -> None:
-    names = ["values-cpu.yaml", *sorted(p.name for p in (Path(__file__).parent / "values").iterdir())]
-    failed = run(checkov, names)
+    failed = run(checkov, FILES)
     print("\n".join(failed) or "nothing found that is not accepted")
     raise SystemExit(bool(failed))
 

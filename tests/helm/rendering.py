@@ -10,6 +10,7 @@ import yaml
 
 CHART = Path(__file__).parents[2] / "helm" / "peregrine"
 RELEASE, NAMESPACE = "pg", "llm"
+FILES = ["values-cpu.yaml", *sorted(p.name for p in (Path(__file__).parent / "values").iterdir())]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from deploy.application import serve_config
 from deploy.config import config_from
 from tests.helm import crd_schemas
 from tests.helm.manifests import (
-    FILES,
     KUBERNETES,
     all_files,
     cluster_of,
@@ -23,7 +22,7 @@ from tests.helm.manifests import (
     pods_of,
     worker_container,
 )
-from tests.helm.rendering import CHART, RELEASE, render, values_file
+from tests.helm.rendering import CHART, FILES, RELEASE, render, values_file
 
 
 def test_there_are_enough_values_files():
