@@ -9,7 +9,7 @@ from engine.cuda.layout import Layout
 from engine.cuda.rows import LaneRows, StepRows
 from engine.cuda.sampling import sample_rows
 from engine.models.config import ModelConfig
-from kernels.cuda import tables
+from kernels.cuda import attention, tables
 from kernels.cuda.program import MAX_TOKENS
 from kernels.prefill import Activations, Form, Product, Tokens
 from kernels.sampling import Mode
@@ -141,8 +141,12 @@ class BatchProgram:
         )
 
         def attend(qkv: Product, layer: Layer, form: Form) -> Activations:
+            w, caches, bound = layer.attention, layer.caches, layer.attended
+            is_apart = form == "tiled" and not is_shared
+            if is_apart and bound is not None and attention.can_attend(w, caches, num_rows):
+                return attention.attend_next(qkv, w, caches, tokens, bound)
             attended: Activations = self._layers.ops.attend_next(
-                qkv, layer.attention, layer.caches, tokens, form, layer.attended, is_shared=is_shared
+                qkv, w, caches, tokens, form, bound, is_shared=is_shared
             )
             return attended
 
