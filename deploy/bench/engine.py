@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from deploy.bench.idle import WAKE_S
 from engine import EngineConfig, SamplingParams
 from engine.config import KVCacheDType
 from engine.core import EngineCore
@@ -76,6 +77,7 @@ def run(
     }
     if kv_cache_dtype != "auto":
         base["kv_cache_dtype"] = kv_cache_dtype
+    timer.wake()
     for num_prompt in prompts:
         ttft = median(timer.seconds(1, num_prompt, 1) for _ in range(max(rounds, 3)))
         rows.append({**base, "batch": 1, "prompt_tokens": num_prompt, "ttft_ms": round(ttft * 1e3, 2)})
@@ -107,6 +109,12 @@ class Timer:
     def __init__(self, core: EngineCore, vocab_size: int) -> None:
         self.core, self.vocab_size = core, vocab_size
         self._count = 0
+
+    def wake(self) -> None:
+        """Requests that do not count, until the device runs as under load (`deploy.bench.idle`)."""
+        end = time.perf_counter() + WAKE_S
+        while time.perf_counter() < end:
+            self.seconds(1, _PROMPT, 8)
 
     def seconds(self, batch: int, num_prompt: int, num_output: int) -> float:
         """From handing in `batch` requests to their last token."""

@@ -29,7 +29,6 @@ from engine.models.config import ModelConfig
 
 Row = dict[str, Any]
 _STEPS = 128  # that a batch is timed for
-_PROMPT = 128
 _HOPPER = (9, 0)
 
 
@@ -52,7 +51,7 @@ def measure(
     timer = Timer(core, core.model.vocab_size)
     yield {"part": "memory", **_memory(core, checkpoint.config, config), **_floor(core, rate)}
     wait()
-    timer.seconds(1, _PROMPT, 8)
+    timer.wake()
     for num_prompt in prompts:
         seconds = median(timer.seconds(1, num_prompt, 1) for _ in range(max(3, rounds.count)))
         yield {"part": "ttft", "prompt_tokens": num_prompt, "ttft_ms": round(1e3 * seconds, 3)}

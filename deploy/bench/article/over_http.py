@@ -13,6 +13,7 @@ from deploy.bench.article.gpu_meter import GpuMeter
 from deploy.bench.article.plan import Rounds
 from deploy.bench.article.workloads import Workload
 from deploy.bench.client import Timeline
+from deploy.bench.idle import WAKE_S
 from deploy.bench.peers import Client, together
 
 Row = dict[str, Any]
@@ -29,8 +30,16 @@ def session() -> aiohttp.ClientSession:
     )
 
 
-async def first_tokens(client: Client, prompts: Sequence[int], rounds: int) -> AsyncIterator[Row]:
-    """One request of one output token at a time; medians, after one that does not count."""
+async def first_tokens(
+    client: Client, prompts: Sequence[int], rounds: int, wake_s: float = WAKE_S
+) -> AsyncIterator[Row]:
+    """One request of one output token at a time; medians, after one that does not count.
+
+    wake_s: so many seconds of those that do not count come first.
+    """
+    end = time.monotonic() + wake_s
+    while time.monotonic() < end:
+        await client.batch(1, PROMPT, 1)
     for num_prompt in prompts:
         times = [(await client.batch(1, num_prompt, 1))[0].ttft * 1e3 for _ in range(1 + rounds)][1:]
         yield {
