@@ -17,6 +17,7 @@
 #include "async.cuh"
 #include "fp8_cache.cuh"
 #include "program.h"
+#include "mma.cuh"
 
 constexpr int kBlockTokens = 16;
 constexpr int kLogSplitTokens = 8;  // short contexts stay whole: combining costs more than it saves
@@ -108,22 +109,11 @@ __device__ __forceinline__ int64_t head_origin(const AttentionPhase& phase, int6
   else return block_origin(phase, block, kv_head) * 2;
 }
 
-__device__ __forceinline__ uint32_t pack2(float first, float second) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-
 __device__ __forceinline__ uint4 pack8(const Floats8& x) {
   return make_uint4(pack2(x.v[0], x.v[1]), pack2(x.v[2], x.v[3]), pack2(x.v[4], x.v[5]), pack2(x.v[6], x.v[7]));
 }
 
 __device__ __forceinline__ float rounded(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
-
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 template <int kDim, int kColumns, bool kFp8>
 struct SplitAttention {

@@ -7,6 +7,7 @@
 // the block sums these up for all.
 #pragma once
 
+#include "mma.cuh"
 #include "prompt_ring.cuh"
 
 constexpr int kMmaTokens = 16;
@@ -26,26 +27,6 @@ template <class F>
 constexpr int kSumSets = F::kNumGroups > 4 ? 2 : 1;
 template <class F>
 constexpr int kSumsBytes = kSumSets<F> * 2 * 32 * 8;
-
-__device__ __forceinline__ void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// The same onto zeros.
-__device__ __forceinline__ void first_mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-}
-
-// Four matrices of eight rows of 16 bytes, each lane the address of a row.
-__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(address));
-}
 
 // Operand A of 16 columns: codes of both rows of a lane, from registers of `load_codes` (of 4 bits, raw, the first alone).
 template <class F>

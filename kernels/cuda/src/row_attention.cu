@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "async.cuh"
+#include "mma.cuh"
 
 namespace {
 
@@ -55,32 +56,6 @@ struct Shared {
 template <int kDim>
 __device__ __forceinline__ uint32_t piece_at(int row, int piece) {
   return row * (kDim * 2) + ((piece ^ (row & 7)) << 4);
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ uint32_t transposed(uint32_t v) {
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
-  return v;
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 // 16 bytes that become zeros if not `is_there`.
@@ -152,7 +127,7 @@ __device__ __forceinline__ void add_slice(uint32_t keys, uint32_t values, uint32
     for (int j = 0; j < 2; ++j) {
       uint32_t a[4];
       load_matrices(keys + piece_at<kDim>(lane % 16, 4 * i + 2 * j + lane / 16), a);
-      mma(c, a, b[2 * j], b[2 * j + 1]);
+      mma_bf16(c, a, b[2 * j], b[2 * j + 1]);
     }
   }
   __syncwarp();
@@ -168,7 +143,7 @@ __device__ __forceinline__ void add_slice(uint32_t keys, uint32_t values, uint32
     c[e] = exp2f(c[e] - largest), c[2 + e] = exp2f(c[2 + e] - largest);
     mean.total[e] = mean.total[e] * shrink[e] + c[e] + c[2 + e];
   }
-  const uint32_t b[2] = {transposed(pair_of(c[0], c[1])), transposed(pair_of(c[2], c[3]))};
+  const uint32_t b[2] = {transposed(pack2(c[0], c[1])), transposed(pack2(c[2], c[3]))};
   wait_groups<1>();
   __syncwarp();
 #pragma unroll
@@ -177,13 +152,14 @@ __device__ __forceinline__ void add_slice(uint32_t keys, uint32_t values, uint32
     load_transposed(values + piece_at<kDim>(lane % 8 + lane / 16 * 8, 2 * i + lane / 8 % 2), a);
 #pragma unroll
     for (int j = 0; j < 4; ++j) mean.acc[i][j] *= shrink[j % 2];
-    mma(mean.acc[i], a, b[0], b[1]);
+    mma_bf16(mean.acc[i], a, b[0], b[1]);
   }
   __syncwarp();
   load_values();
 }
 
-// Where columns c .. c + 3 of a token's row of the tiled form lie: c and c + 2 here, the other two eight further on.
+// Where columns c .. c + 3 of a token's row of the tiled form lie, c a multiple of four: c and c + 2 here, the other two eight
+// further on.
 __device__ __forceinline__ int64_t tiled_place(int token, int c, int padded) {
   const int place = (c & 32) + (c >> 2 & 1) * 16 + (c >> 3 & 3) * 2, piece = place >> 3;
   return (int64_t(c / 64) * padded + token) * 64 + ((piece ^ token & 7) << 3 | place & 7);
@@ -233,7 +209,7 @@ struct Blocks {
   }
 };
 
-// Of an item's first part: a thread's four columns of the product; every part needs its queries.
+// A thread's four columns of the product: queries, and (the first part) the new key and value.
 template <int kDim>
 __device__ __forceinline__ float4 load_own(const RowAttention& p, const Item& item) {
   constexpr int kFours = kDim / 4;
