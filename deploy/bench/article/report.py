@@ -11,7 +11,7 @@ from rich.console import Console
 from deploy.bench.article import floors
 from deploy.bench.article.claims import LONG_S, LONG_TOKENS, claims
 from deploy.bench.article.results import Results
-from deploy.bench.article.table import Table
+from deploy.bench.article.table import Table, label, shapes
 from deploy.bench.article.tables import tables
 from engine.models.shapes import SHAPES
 
@@ -31,10 +31,19 @@ def write(results: Results, out: Path, dollars_an_hour: float, peers: Path | Non
         from deploy.bench.article.plots import draw
 
         pictures = draw(results, out / "plots", peers)
-    found = tables(results, dollars_an_hour)
-    (out / "article.md").write_text(markdown(found, pictures, out))
-    (out / "article.html").write_text(html(found, pictures))
+    found, about = tables(results, dollars_an_hour), lead(results)
+    (out / "article.md").write_text(markdown(about, found, pictures, out))
+    (out / "article.html").write_text(html(about, found, pictures))
     console.print(f"Written: {out / 'article.json'}, article.md, article.html")
+
+
+def lead(results: Results) -> str:
+    """What all figures have in common, and which were measured without a GPU."""
+    machines = {name: results.runs[name]["machine"] for name in shapes(results)}
+    without = [f"{label(name)} on {m['cores']} CPU cores" for name, m in machines.items() if "gpu" not in m]
+    if not without or len(without) == len(machines):
+        return _LEAD
+    return f"{_LEAD} Without a GPU: {'; '.join(without)}."
 
 
 def findings() -> list[str]:
@@ -62,8 +71,8 @@ def findings() -> list[str]:
     return lines
 
 
-def markdown(found: list[Table], pictures: Mapping[str, Path], out: Path) -> str:
-    lines = [f"# {_TITLE}", "", _LEAD, "", *(f"- {line}" for line in findings()), ""]
+def markdown(about: str, found: list[Table], pictures: Mapping[str, Path], out: Path) -> str:
+    lines = [f"# {_TITLE}", "", about, "", *(f"- {line}" for line in findings()), ""]
     for title, file in pictures.items():
         lines += [f"![{title}]({file.relative_to(out).as_posix()})", ""]
     for table in found:
@@ -82,13 +91,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def html(found: list[Table], pictures: Mapping[str, Path]) -> str:
+def html(about: str, found: list[Table], pictures: Mapping[str, Path]) -> str:
     """One file: the pictures stand in it."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     drawn = {title: Markup(_svg(file)) for title, file in pictures.items()}
     template = environment.get_template("article.html.jinja")
-    return template.render(title=_TITLE, lead=_LEAD, findings=findings(), pictures=drawn, tables=found)
+    return template.render(title=_TITLE, lead=about, findings=findings(), pictures=drawn, tables=found)
 
 
 def _svg(file: Path) -> str:

@@ -72,6 +72,13 @@ def test_the_report_is_written(tmp_path):
     assert "3.8B at 3.25 bits" in text
 
 
+def test_a_shape_that_ran_without_a_gpu_is_named(tmp_path):
+    results = filled(tmp_path)
+    assert "Without a GPU" not in report.lead(results)
+    results.begin("smollm2", {"cpu": "a processor", "cores": 2})
+    assert report.lead(results).endswith("Without a GPU: SmolLM2-135M, real weights on 2 CPU cores.")
+
+
 def test_pictures_have_ids_of_their_own(tmp_path):
     filled(tmp_path)
     report.write(Results(tmp_path / "article.json"), tmp_path, 3.0, None, Console(quiet=True))
