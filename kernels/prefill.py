@@ -22,6 +22,7 @@ FP8_MAX = 448.0
 LINE_BYTES = 128  # of a token, in the tiled forms
 TILED_MAX = 1024.0  # far from float16's limits on both sides
 _BOUND_MAX = 32768.0
+LOG2_E = math.log2(math.e)  # attention's scores are in base 2
 
 Form = Literal["bf16", "fp8", "tiled", "tiled_fp8"]
 """Of a matrix's input: "fp8" is e4m3 [T, K], "tiled" float16 and "tiled_fp8" e4m3 in the order of `tiled`."""

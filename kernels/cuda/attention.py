@@ -10,10 +10,9 @@ from kernels.cuda.build import check, library
 from kernels.cuda.program import num_blocks
 from kernels.cuda.tables import stream
 from kernels.kv_cache import is_fp8
-from kernels.prefill import Activations, Bound, Product, Tokens, empty_tiled
+from kernels.prefill import LOG2_E, Activations, Bound, Product, Tokens, empty_tiled
 from kernels.types import AttentionWeights
 
-_LOG2_E = 1.4426950408889634
 _HEAD_DIMS = (64, 128)
 _MAX_GROUP = 8  # query heads of a KV head
 _MAX_TOKENS = 64
@@ -67,7 +66,7 @@ def attend_next(
             w.num_kv_heads,
             w.num_heads // w.num_kv_heads,
             w.head_dim,
-            ctypes.c_float(w.scale * _LOG2_E),
+            ctypes.c_float(w.scale * LOG2_E),
             ctypes.c_float(bound.inverse),
             2 * num_blocks(),
             stream(),

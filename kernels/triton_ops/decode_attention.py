@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_cache import is_fp8
-from kernels.prefill import BLOCK_TOKENS, Activations, Bound, Form, Product, Tokens, empty_tiled
+from kernels.prefill import BLOCK_TOKENS, LOG2_E, Activations, Bound, Form, Product, Tokens, empty_tiled
 from kernels.triton_ops import kv_cache
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.kv_cache import exponent_of, power, scale_to_codes
@@ -24,7 +24,6 @@ from kernels.triton_ops.rows import FORMS, load_product, tiled_place
 from kernels.types import AttentionWeights
 
 _FP8_OPERANDS = tl.bfloat16
-_LOG2_E = 1.4426950408889634
 _KEYS = {64: 64, 128: 64, 256: 32}  # of a step, by head_dim
 _PROGRAMS = 1024  # as many run at once on an H100
 _MAX_SPLITS = 16
@@ -345,7 +344,7 @@ def attend_next(
         1.0 if bound is None else bound.inverse,
         0 if bound is None else out.padded_tokens,
         w.eps,
-        w.scale * _LOG2_E,
+        w.scale * LOG2_E,
         w.window or 0,
         tokens.block_table.stride(0),
         w.num_kv_heads,

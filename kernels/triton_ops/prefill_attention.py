@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.kv_cache import is_fp8
-from kernels.prefill import BLOCK_TOKENS, Tokens
+from kernels.prefill import BLOCK_TOKENS, LOG2_E, Tokens
 from kernels.triton_ops import kv_cache
 from kernels.triton_ops.early_launch import early, wait_for_kernel_before
 from kernels.triton_ops.kv_cache import power
 from kernels.types import AttentionWeights
 
-_LOG2_E = 1.4426950408889634
 _KEYS = {64: 64, 128: 64, 256: 32}  # of a step, by head_dim
 
 
@@ -160,7 +159,7 @@ def attend(query: Tensor, w: AttentionWeights, caches: tuple[Tensor, Tensor], to
         tokens.tiles,
         tokens.block_table,
         out,
-        w.scale * _LOG2_E,
+        w.scale * LOG2_E,
         w.window or 0,
         tokens.block_table.stride(0),
         w.num_heads,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from deploy.bench.article.plan import Plan
 from deploy.bench.article.results import Results
 from deploy.bench.article.subjects import DEFAULT_SUBJECTS, SUBJECTS
-from deploy.bench.article.table import NONE, Table, by, is_cut_off
+from deploy.bench.article.table import NONE, Table, by, has_gpu, is_cut_off
 from deploy.bench.article.workloads import DEADLINES
 
 _ALONE, _HTTP = "engine alone", "over HTTP"
@@ -57,7 +57,7 @@ def _engine(results: Results, name: str) -> Iterator[Missing]:
         yield _ALONE, f"first token of {lengths}", why or _ENDED
     if streams:
         yield _ALONE, f"streams: {streams}", why or _ENDED
-    if _has_gpu(results, name) and not any(r["kind"] == "fused" for r in results.of("launches", name)):
+    if has_gpu(results, name) and not any(r["kind"] == "fused" for r in results.of("launches", name)):
         yield _ALONE, "launches", why or _ENDED
 
 
@@ -95,13 +95,9 @@ def _of_the_machine(results: Results) -> Iterator[tuple[str, str]]:
     """What and why, of parts that belong to no shape."""
     reasons = _reasons(results, "any")
     counted = any(r["kind"] == "unfused" for r in results.of("launches"))
-    if not counted and any(_has_gpu(results, name) for name in results.runs):
+    if not counted and any(has_gpu(results, name) for name in results.runs):
         yield "launches of plain torch operations", reasons.pop("launches", _ENDED)
     yield from reasons.items()
-
-
-def _has_gpu(results: Results, name: str) -> bool:
-    return "gpu" in results.runs[name]["machine"]
 
 
 def _reasons(results: Results, name: str) -> dict[str, str]:

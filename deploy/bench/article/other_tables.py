@@ -7,7 +7,7 @@ from deploy.bench.article.claims import Claim, claims
 from deploy.bench.article.plan import BRIEF, FULL, QUICK, Plan
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.subjects import SUBJECTS
-from deploy.bench.article.table import NONE, Table, number, shapes
+from deploy.bench.article.table import NONE, Table, has_gpu, number, shapes
 
 
 def claims_table(results: Results) -> Table:
@@ -109,8 +109,9 @@ def edge(results: Results) -> Table:
 def scores(results: Results, dollars_an_hour: float) -> Table:
     rows = []
     for shape in shapes(results):
-        has_gpu = "gpu" in results.runs[shape]["machine"]  # whose price it is
-        if not has_gpu or (s := score.of_shape(results, shape, dollars_an_hour)) is None:
+        if not has_gpu(results, shape):  # whose price it is
+            continue
+        if (s := score.of_shape(results, shape, dollars_an_hour)) is None:
             continue
         parts = [number(v, ".2f") for v in (s.latency, s.cost, s.ease, s.dollars)]
         rows.append([SUBJECTS[shape].title, *parts, number(s.total, ".0f")])

@@ -11,7 +11,7 @@ from rich.console import Console
 from deploy.bench.article import floors
 from deploy.bench.article.claims import LONG_S, LONG_TOKENS, claims
 from deploy.bench.article.results import Results
-from deploy.bench.article.table import Table, label, shapes
+from deploy.bench.article.table import Table, has_gpu, label, shapes
 from deploy.bench.article.tables import tables
 from engine.models.shapes import SHAPES
 
@@ -39,11 +39,12 @@ def write(results: Results, out: Path, dollars_an_hour: float, peers: Path | Non
 
 def lead(results: Results) -> str:
     """What all figures have in common, and which were measured without a GPU."""
-    machines = {name: results.runs[name]["machine"] for name in shapes(results)}
-    without = [f"{label(name)} on {m['cores']} CPU cores" for name, m in machines.items() if "gpu" not in m]
-    if not without or len(without) == len(machines):
+    measured = shapes(results)
+    without = [name for name in measured if not has_gpu(results, name)]
+    if not without or without == measured:
         return _LEAD
-    return f"{_LEAD} Without a GPU: {'; '.join(without)}."
+    where = (f"{label(n)} on {results.runs[n]['machine']['cores']} CPU cores" for n in without)
+    return f"{_LEAD} Without a GPU: {'; '.join(where)}."
 
 
 def findings() -> list[str]:

@@ -29,6 +29,11 @@ def shapes(results: Results) -> list[str]:
     return [name for name in SUBJECTS if name in results.runs]
 
 
+def has_gpu(results: Results, shape: str) -> bool:
+    """Whether it was measured on one."""
+    return "gpu" in results.runs[shape]["machine"]
+
+
 def label(shape: str) -> str:
     """Short, for pictures: the model and its bits."""
     subject = SUBJECTS[shape]

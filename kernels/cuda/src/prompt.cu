@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "early_launch.cuh"
 #include "prompt_mma.cuh"
 #include "prompt_wgmma.cuh"
 
@@ -259,17 +260,8 @@ cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   int tiles = 0;
   for (int i = 0; i < p.pieces.count; ++i) tiles += p.pieces.segments[i].num_tiles;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3((p.tokens + kTokens - 1) / kTokens, (tiles + p.tiles - 1) / p.tiles, splits);
-  config.blockDim = dim3(32 * p.tiles + kStreamers<kTokens>);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  const dim3 grid((p.tokens + kTokens - 1) / kTokens, (tiles + p.tiles - 1) / p.tiles, splits);
+  return launch_early(kernel, grid, 32 * p.tiles + kStreamers<kTokens>, bytes, p, stream);
 }
 
 }  // namespace

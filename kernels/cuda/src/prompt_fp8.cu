@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "cluster.cuh"
+#include "early_launch.cuh"
 #include "prompt_wgmma.cuh"
 #include "wgmma_e4m3.cuh"
 
@@ -268,17 +269,7 @@ cudaError_t run(PromptFp8 p, cudaStream_t stream) {
   int tiles = 0;
   for (int i = 0; i < p.pieces.count; ++i) tiles += p.pieces.segments[i].num_tiles;
   const int pairs = (tiles + kBlocks * kTiles - 1) / (kBlocks * kTiles);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kBlocks * pairs * p.token_tiles);
-  config.blockDim = dim3(32 * kTiles + 128);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return launch_early(kernel, dim3(kBlocks * pairs * p.token_tiles), 32 * kTiles + 128, bytes, p, stream);
 }
 
 }  // namespace

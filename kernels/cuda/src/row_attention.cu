@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "async.cuh"
+#include "early_launch.cuh"
 #include "mma.cuh"
 
 namespace {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void wait_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A warp: the tokens of a block of the cache that are below `end`, to a slice. from: of the block and head.
+// A warp: the first `num_tokens` of a block of the cache, zeros behind them, to a slice. from: of the block and head.
 template <int kDim>
 __device__ __forceinline__ void load_slice(uint32_t slice, const __nv_bfloat16* from, int num_tokens, int lane) {
   constexpr int kPieces = kDim / 8;
@@ -404,17 +405,7 @@ cudaError_t run(const RowAttention& p, int blocks, cudaStream_t stream) {
   const int bytes = sizeof(Shared<kDim>) + 128;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return launch_early(kernel, dim3(blocks), kThreads, bytes, p, stream);
 }
 
 }  // namespace

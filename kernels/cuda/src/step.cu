@@ -12,6 +12,7 @@
 #include "activations.cuh"
 #include "async.cuh"
 #include "attention.cuh"
+#include "early_launch.cuh"
 #include "program.h"
 #include "units.cuh"
 
@@ -695,17 +696,7 @@ cudaError_t launch(const Step& step, int blocks, cudaStream_t stream) {
   if (const auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, run_step<kMma, kOne>, kThreads, bytes))
     return error;
   if (blocks > processors * resident) return cudaErrorCooperativeLaunchTooLarge;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute overlapping{};
-  overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlapping.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlapping;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, run_step<kMma, kOne>, step);
+  return launch_early(run_step<kMma, kOne>, dim3(blocks), kThreads, bytes, step, stream);
 }
 
 cudaError_t launch_step(const Step& step, int mma, int blocks, void* stream) {
