@@ -1,8 +1,8 @@
 // Products of some to some hundred tokens straight from packed weights, on Hopper's tensor cores in float16.
 //
 // A block computes 128 or 256 rows of the matrix for a tile of tokens: 8 or 16 warps unpack a tile of 16 rows each into
-// registers, which are operand A as they lie there: of a warpgroup's products (prompt_wgmma.cuh), or of up to 16 tokens of a
-// warp's own (prompt_mma.cuh). One warp streams packed units, another one activations through rings in shared memory. So
+// registers, which are operand A of their warpgroup's products as they lie there (prompt_wgmma.cuh; of up to 16 tokens
+// prompt_narrow.cuh). One warp streams packed units, another one activations through rings in shared memory. So
 // weights are read as packed, once for a tile of tokens, and the first of them before the kernel before has ended
 // (programmatic dependent launch): they depend on nothing.
 //
@@ -14,7 +14,7 @@
 #include <algorithm>
 
 #include "early_launch.cuh"
-#include "prompt_mma.cuh"
+#include "prompt_narrow.cuh"
 #include "prompt_wgmma.cuh"
 
 namespace {
@@ -29,14 +29,12 @@ constexpr int kSharedBytes = (228 - 1 - 4) * 1024, kHalfSharedBytes = (114 - 1 -
 template <int kTiles, int kTokens>
 constexpr int kBlocksOf = kTiles == 8 && kTokens <= 64 ? 2 : 1;
 
-// Products of so few tokens go warp by warp, so that a block may have any number of tiles up to kTiles.
+// Products of so few tokens.
 template <int kTokens>
-constexpr bool kIsNarrow = kTokens == kMmaTokens;
+constexpr bool kIsNarrow = kTokens == kNarrowTokens;
 
-// Behind the warps that unpack are those that stream (and sum up): three, or a warpgroup, which gives its registers to the
-// others.
-template <int kTokens>
-constexpr int kStreamers = kIsNarrow<kTokens> ? 96 : 128;
+// Threads of the warpgroup that streams (and sums up), behind the warps that unpack, to which it gives registers.
+constexpr int kStreamers = 128;
 
 struct Prompt {
   Pieces pieces;
@@ -174,7 +172,7 @@ __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, con
   for (int t = warp * 32 + lane; t < num_tokens; t += 32 * p.tiles) copy4_async(&factors.tokens[t], p.token_scale + first_token + t);
   const int at = warp * p.pieces.segments[0].unit_bytes;
   float acc[kTokens / 2] = {};
-  if constexpr (kIsNarrow<kTokens>) accumulate_mma<F>(weights, x, sums, count, at, p.inverse_unit, lane, acc);
+  if constexpr (kIsNarrow<kTokens>) accumulate_narrow<F>(weights, x, sums, count, at, p.inverse_unit, lane, acc);
   else accumulate_wgmma<F, kTokens>(weights, x, count, at, __float2half2_rn(p.inverse_unit), lane, acc);
   wait_for_kernel_before();
   wait_copies();
@@ -197,7 +195,7 @@ __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, con
 }
 
 template <class F, int kTiles, int kTokens>
-__global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<kTiles, kTokens>)
+__global__ void __launch_bounds__(32 * kTiles + kStreamers, kBlocksOf<kTiles, kTokens>)
     prompt_matmul(const __grid_constant__ Prompt p) {
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[5][kMaxRing];
@@ -222,8 +220,9 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
   __syncthreads();
   constexpr bool kIsPaired = kBlocksOf<kTiles, kTokens> == 2;
   if (warp >= p.tiles) {
-    if constexpr (!kIsNarrow<kTokens> && kTiles == 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    else if constexpr (!kIsNarrow<kTokens> && kIsPaired) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if constexpr (kIsNarrow<kTokens>) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    else if constexpr (kTiles == 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    else if constexpr (kIsPaired) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp == p.tiles) {
       stream_weights(p, weights, begin, end, lane);
     } else if (warp == p.tiles + 1 && lane == 0) {
@@ -233,8 +232,9 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers<kTokens>, kBlocksOf<k
       if constexpr (kIsNarrow<kTokens>) sum_activations<F>(x, sums, end - begin, lane);
     }
   } else {
-    if constexpr (!kIsNarrow<kTokens> && kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-    else if constexpr (!kIsNarrow<kTokens> && kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    if constexpr (kIsNarrow<kTokens>) asm volatile("setmaxnreg.inc.sync.aligned.u32 88;");
+    else if constexpr (kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    else if constexpr (kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
     consume<F, kTiles, kTokens>(p, weights, x, sums, data, factors, end - begin, warp, lane);
   }
 }
@@ -261,13 +261,13 @@ cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   int tiles = 0;
   for (int i = 0; i < p.pieces.count; ++i) tiles += p.pieces.segments[i].num_tiles;
   const dim3 grid((p.tokens + kTokens - 1) / kTokens, (tiles + p.tiles - 1) / p.tiles, splits);
-  return launch_early(kernel, grid, 32 * p.tiles + kStreamers<kTokens>, bytes, p, stream);
+  return launch_early(kernel, grid, 32 * p.tiles + kStreamers, bytes, p, stream);
 }
 
 }  // namespace
 
 // padded: tokens of x, a multiple of 8. tile: tokens of a block (16, 32, 64 or 128); rows: of a block, 128 or 256, or for tiles
-// of 16, which take all tokens, any multiple of 16 up to 128. No split is empty. Gated: one split, two
+// of 16, which take all tokens, 64 or 128. No split is empty. Gated: one split, two
 // pieces of n rows, of both of which a block has as many.
 extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int padded, int tile, int rows, int n,
                                 int splits, int is_wide, const void* x, const float* token_scale, void* out, float unit,
@@ -277,7 +277,7 @@ extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int
                  is_gated, activation, out_factor};
   cudaError_t error = cudaErrorInvalidValue;
   if ((splits - 1) * p.units_per_split >= units) return error;
-  const bool fits = tile == 16 ? padded <= 16 && rows % kTileRows == 0 && rows > 0 && rows <= 128 : rows == 128 || rows == 256;
+  const bool fits = tile == 16 ? padded <= 16 && (rows == 64 || rows == 128) : rows == 128 || rows == 256;
   if (!fits || (is_gated && (splits > 1 || pieces->count != 2 || rows % 32 != 0))) return error;
   with_format(pieces->segments[0].format, [&](auto f) {
     using F = decltype(f);

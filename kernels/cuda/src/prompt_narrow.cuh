@@ -1,4 +1,4 @@
-// Products of up to 16 tokens: each warp by itself, so that none waits for its warpgroup.
+// Products of up to 16 tokens.
 //
 // Codes are float16 as they lie: below 2^10 the bits of an integer are the subnormal number integer * 2^-24, which tensor
 // cores multiply exactly. So a group of columns is summed as codes, and closed with its scale in float32; zero points follow:
@@ -8,17 +8,17 @@
 #pragma once
 
 #include "mma.cuh"
-#include "prompt_ring.cuh"
+#include "prompt_wgmma.cuh"
 
-constexpr int kMmaTokens = 16;
+constexpr int kNarrowTokens = 16;
 
 // A unit of activations: kLines lines of 128 bytes a token.
-constexpr int kXUnitBytes = kLines * kMmaTokens * 128;
+constexpr int kXUnitBytes = kLines * kNarrowTokens * 128;
 
 // Groups' sums of activations are counted in 2^16, so that 256 times the largest one is still a float16.
 constexpr float kSumUnit = 65536.0f;
 
-// What `accumulate_mma` counts in.
+// What `accumulate_narrow` counts in.
 template <class F>
 constexpr float kProductUnit = F::kAffine ? kSumUnit : kSumUnit * 16777216.0f;
 
@@ -97,7 +97,7 @@ struct XPlace {
 
 // Columns 32 step + 16 i of a unit.
 __device__ __forceinline__ void load_x(const uint32_t (&places)[4], int step, int i, uint32_t (&b)[4]) {
-  load_matrices(places[step % 2 * 2 + i] + step / 2 * (128 * kMmaTokens), b);
+  load_matrices(places[step % 2 * 2 + i] + step / 2 * (128 * kNarrowTokens), b);
 }
 
 // One warp: the sums of every stage of x, as products with ones.
@@ -146,60 +146,77 @@ __device__ void sum_activations(const Ring& x, const Ring& sums, int count, int 
   }
 }
 
-// As accumulate_wgmma, for one warp by itself; stages are units of all tokens. What a product needs is read some products
-// before it, and zero points come last: a warp has few others beside it that would hide its waits.
+// d += a * b, or (not kOnto) a * b.
+template <bool kOnto>
+__device__ __forceinline__ void wgmma_16(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, %13, 1, 1, 0;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kOnto));
+}
+
+// What is read of v afterwards is not read before.
+__device__ __forceinline__ void settle(float (&v)[8]) {
+  asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3]), "+f"(v[4]), "+f"(v[5]), "+f"(v[6]), "+f"(v[7])::"memory");
+}
+
+// As accumulate_wgmma; stages are units of all tokens. While the tensor cores sum up the codes of one step, 64 columns (or a
+// group of 32), the next one's are unpacked, and the one before is closed with its scale.
 template <class F>
-__device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, float inverse_unit,
-                               int lane, float (&acc)[kMmaTokens / 2]) {
-  constexpr int kWords = kParameterWords<F>, kSteps = F::kGroup == 0 ? 16 : F::kGroup / 16;  // of 16 columns
-  constexpr int kAhead = 2;
-  // Where the lane reads in the first stage of each ring.
+__device__ void accumulate_narrow(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, float inverse_unit,
+                                  int lane, float (&acc)[kNarrowTokens / 2]) {
+  constexpr int kWords = kParameterWords<F>, kColumns = F::kGroup == 32 ? 32 : 64;
+  constexpr int kStepCount = kUnitColumns / kColumns, kProducts = kColumns / 16;  // of a unit, of a step
   const uint32_t tile = shared_address(weights.data) + at;
   const uint32_t first_codes = kept(tile + lane * 16), first_row = kept(tile + kCodeBytes<F::kBits> + lane / 4 * kWords * 4);
   const uint32_t first_sums = kept(shared_address(sums.data) + lane * 8);
-  const XPlace place(x, lane);
-  float total[2][4] = {};
+  const uint32_t first_line = descriptor(shared_address(x.data));
+  float total[2][4] = {}, c[2][8], factors[2][2];
+  uint32_t a[2][kProducts][4], codes[4][4], params[kWords];
   Turn unit;
+  const auto close = [&](int step) {
+    settle(c[step % 2]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) total[i / 4][i % 4] = fmaf(c[step % 2][i], factors[step % 2][i / 2 % 2], total[i / 4][i % 4]);
+  };
   for (int u = 0; u < count; ++u, unit.next(weights)) {
     unit.wait_full(weights, x);
-    const uint32_t here = unit.stage * weights.stage_bytes;
-    uint32_t places[4], codes[2][4][4], b[kAhead + 1][4], params[kWords];
-    place.of_stage(unit.stage, places);
-    const auto read_codes = [&](int pair) {
-      const uint32_t codes_at = first_codes + here;
-      load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
-                                 pair, 0, codes[pair]);
-    };
-    read_codes(0);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) load_x(places, k / 2, k % 2, b[k]);
-    float c[2][4];
-#pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      if (k + kAhead < 16) load_x(places, (k + kAhead) / 2, k % 2, b[(k + kAhead) % (kAhead + 1)]);
-      if (k == 4) read_codes(1);
-      if (k == 0) {
+    const uint32_t here = unit.stage * weights.stage_bytes, line = first_line + unit.stage * (kXUnitBytes / 16);
+    const auto step = [&](auto number) {
+      constexpr int kStep = decltype(number)::value, kFirst = kStep * kColumns;
+      if constexpr (kStep == 0) {
         const UnitParameters<F> own(first_row + here);
 #pragma unroll
         for (int i = 0; i < kWords; ++i) params[i] = own.words[i];
       }
-      const uint32_t(&own)[4] = codes[k / 8][k / 2 % 4];
-      const uint32_t(&x_k)[4] = b[k % (kAhead + 1)];
-      uint32_t a[4];
-      code_halves<F>(own[k % 2 * 2], own[k % 2 * 2 + 1], a);
-      if (k % kSteps == 0) {
-        first_mma_half(c[0], a, x_k[0], x_k[1]), first_mma_half(c[1], a, x_k[2], x_k[3]);
-      } else {
-        mma_half(c[0], a, x_k[0], x_k[1]), mma_half(c[1], a, x_k[2], x_k[3]);
+      if constexpr (kFirst % 128 == 0) {
+        const uint32_t codes_at = first_codes + here;
+        load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
+                                   kFirst / 128, 0, codes);
       }
-      if (k % kSteps < kSteps - 1) continue;
-      const float factors[2] = {group_factor<F>(params, k / kSteps, 0, inverse_unit),
-                                group_factor<F>(params, k / kSteps, 1, inverse_unit)};
+      uint32_t(&own)[kProducts][4] = a[kStep % 2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < kProducts; ++i) {
+        const uint32_t(&of)[4] = codes[(kFirst / 32 + i / 2) % 4];
+        code_halves<F>(of[i % 2 * 2], of[i % 2 * 2 + 1], own[i]);
+      }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total[j][i] = fmaf(c[j][i], factors[i / 2], total[j][i]);
-    }
+      for (int r8 = 0; r8 < 2; ++r8)
+        factors[kStep % 2][r8] = group_factor<F>(params, F::kGroup == 0 ? 0 : kFirst / F::kGroup, r8, inverse_unit);
+      const uint32_t b = line + kFirst / 64 * (128 * kNarrowTokens / 16) + kFirst % 64 / 8;
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kProducts; ++i) {
+        if (i == 0) wgmma_16<false>(c[kStep % 2], own[i], whole(b));
+        else wgmma_16<true>(c[kStep % 2], own[i], whole(b + 2 * i));
+      }
+      wgmma_commit();
+      if constexpr (kStep > 0) {
+        wgmma_wait<1>();
+        close(kStep - 1);
+      }
+    };
+    for_steps(step, std::make_integer_sequence<int, kStepCount>{});
     unit.wait_full(sums);
     const uint32_t own_sums = first_sums + unit.stage * kSumsBytes<F>;
 #pragma unroll
@@ -207,13 +224,15 @@ __device__ void accumulate_mma(const Ring& weights, const Ring& x, const Ring& s
       uint2 of_set[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) of_set[j] = shared8(own_sums + (2 * set + j) * 256);
-      uint32_t a[4];
-      zero_points<F>(first_row + here, set, inverse_unit, lane, a);
+      uint32_t zeros[4];
+      zero_points<F>(first_row + here, set, inverse_unit, lane, zeros);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) mma_half(total[j], a, of_set[j].x, of_set[j].y);
+      for (int j = 0; j < 2; ++j) mma_half(total[j], zeros, of_set[j].x, of_set[j].y);
     }
+    wgmma_wait<0>();
+    close(kStepCount - 1);
     warp_arrive(&weights.empty[unit.stage], lane);
   }
 #pragma unroll
-  for (int i = 0; i < kMmaTokens / 2; ++i) acc[i] = total[i / 4][i % 4] * kProductUnit<F>;
+  for (int i = 0; i < kNarrowTokens / 2; ++i) acc[i] = total[i / 4][i % 4] * kProductUnit<F>;
 }
