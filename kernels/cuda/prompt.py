@@ -17,6 +17,9 @@ _TILES = (16, 32, 64, 128)  # of tokens, that a block may take
 _PAIRED_TOKENS = 64  # two blocks of 128 rows share a multiprocessor up to this tile, else one
 _MIN_WIDE_BLOCKS = 100  # of 256 rows
 _MIN_UNITS = 2  # of a part of K
+# Of a block of 16 tokens that has a multiprocessor for itself: two tiles a warp, three stages in its ring.
+_BALANCED_ROWS = range(257, 513)
+_BALANCED_BYTES = 66_000  # of a stage's weights
 
 
 def can_multiply(weight: DeviceWeight) -> bool:
@@ -46,7 +49,7 @@ def multiply(
     """
     assert x.scale is not None
     num_tokens, n, num_units = len(x.scale), weight.n, weight.parts[0].units
-    cut = plan(num_tokens, n, num_units)
+    cut = plan(num_tokens, n, num_units, _unit_bytes(weight))
     if out is not None:
         cut = replace(cut, splits=1)
     is_wide = out is not None or cut.splits > 1
@@ -71,11 +74,15 @@ def multiply_gated(
     """
     assert x.scale is not None
     num_tokens, n, num_units = len(x.scale), weight.parts[0].n, weight.parts[0].units
-    cut = plan(num_tokens, 2 * n, num_units, is_gated=True)
+    cut = plan(num_tokens, 2 * n, num_units, _unit_bytes(weight), is_gated=True)
     out = empty_tiled(num_tokens, n, x.values.device)
     ((pieces, unit),) = groups(weight, units)
     _launch(pieces, unit, num_units, x, cut, n, out, activation=activation, out_factor=bound.inverse)
     return Activations(out, bound.scale[:num_tokens])
+
+
+def _unit_bytes(weight: DeviceWeight) -> int:
+    return max(p.format.unit_bytes for p in weight.parts)
 
 
 def _launch(
@@ -125,11 +132,12 @@ class Cut:
     splits: int
 
 
-def plan(num_tokens: int, n: int, num_units: int, *, is_gated: bool = False) -> Cut:
-    """How a product is cut into blocks. is_gated: K is in one part.
+def plan(num_tokens: int, n: int, num_units: int, unit_bytes: int, *, is_gated: bool = False) -> Cut:
+    """How a product is cut into blocks. is_gated: K is in one part. unit_bytes: of the largest format.
 
-    By measurements on an H100 (docs/benchmarks/kernel-notes.md): as many blocks as run at once. 256 rows need
-    fewer activations from L2 for each weight, which counts where the tensor cores are busiest.
+    By measurements on an H100 and an H200 (docs/benchmarks/kernel-notes.md): as many blocks as run at once.
+    256 rows need fewer activations from L2 for each weight, which counts where the tensor cores are busiest.
+    Few tokens of a matrix of several rounds of blocks: as many rows for each multiprocessor, in one round.
     """
     tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
     most = 1 if is_gated else max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
@@ -137,4 +145,8 @@ def plan(num_tokens: int, n: int, num_units: int, *, is_gated: bool = False) -> 
     is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
     rows = 256 if is_wide else 128
     splits = min(most, max(1, slots // (tiles * -(-n // rows))))
+    step = 2 * TILE_ROWS if is_gated else TILE_ROWS
+    share = -(-n // (num_blocks() * step)) * step
+    if tile == _TILES[0] and share in _BALANCED_ROWS and share // TILE_ROWS * unit_bytes <= _BALANCED_BYTES:
+        return Cut(tile, share, 1)
     return Cut(tile, rows, -(-num_units // -(-num_units // splits)))  # as even as they can be

@@ -2,14 +2,15 @@
 
 import pytest
 
-from kernels.cuda import prompt_fp8
+from kernels.cuda import prompt, prompt_fp8
 
 LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
 
 
 @pytest.fixture(autouse=True)
 def _h100(monkeypatch):
-    monkeypatch.setattr(prompt_fp8, "num_blocks", lambda: 132)
+    for module in (prompt, prompt_fp8):
+        monkeypatch.setattr(module, "num_blocks", lambda: 132)
     own = prompt_fp8.plan, prompt_fp8.is_faster
     for function in own:
         function.cache_clear()
@@ -36,3 +37,19 @@ def test_a_matrix_that_would_leave_blocks_for_a_second_round_takes_smaller_ones(
 )
 def test_predicted_durations(tokens, n, k, measured_us):
     assert prompt_fp8.plan(tokens, n, k)[1] == pytest.approx(measured_us, rel=0.13)
+
+
+@pytest.mark.parametrize(
+    ("n", "unit_bytes", "is_gated", "rows"),
+    [
+        (57344, 2176, True, 448),  # 128 blocks for 132 multiprocessors; of 128 rows, some had 3 and some 4
+        (57344, 4096, True, 128),  # a stage of so many bytes leaves no room for three
+        (35840, 2176, True, 288),
+        (28672, 2176, True, 128),  # one tile a warp would not pay
+        (59392, 1088, False, 464),
+        (8192, 2176, False, 128),
+    ],
+)
+def test_sixteen_tokens_of_a_large_matrix_take_one_round(n, unit_bytes, is_gated, rows):
+    assert prompt.plan(16, n, 32, unit_bytes, is_gated=is_gated).rows == rows
+    assert prompt.plan(17, n, 32, unit_bytes, is_gated=is_gated).rows == 128

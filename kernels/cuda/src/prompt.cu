@@ -26,12 +26,15 @@ constexpr int kPadding = 4;   // floats behind a token's row of results: no bank
 constexpr int kSharedBytes = (228 - 1 - 4) * 1024, kHalfSharedBytes = (114 - 1 - 3) * 1024;
 
 // Two blocks of 128 rows share a multiprocessor where their accumulators leave room for it.
-template <int kTiles, int kTokens>
-constexpr int kBlocksOf = kTiles == 8 && kTokens <= 64 ? 2 : 1;
+template <int kWarps, int kTokens>
+constexpr int kBlocksOf = kWarps == 8 && kTokens <= 64 ? 2 : 1;
 
-// Products of so few tokens.
+// Products of so few tokens. A block of 16 warps then has up to two tiles a warp, so that each multiprocessor gets as many rows
+// of a matrix as the next one.
 template <int kTokens>
 constexpr bool kIsNarrow = kTokens == kNarrowTokens;
+template <int kWarps, int kTokens>
+constexpr int kSets = kIsNarrow<kTokens> && kWarps == 16 ? 2 : 1;
 
 // Threads of the warpgroup that streams (and sums up), behind the warps that unpack, to which it gives registers.
 constexpr int kStreamers = 128;
@@ -49,21 +52,22 @@ struct Prompt {
   float out_factor;
 };
 
-__device__ __forceinline__ void consumers_wait(int tiles) {
-  asm volatile("bar.sync 1, %0;" ::"r"(32 * tiles) : "memory");
+template <int kWarps>
+__device__ __forceinline__ void consumers_wait() {
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory");
 }
 
-// A warp's tile; of a gated product the first half of the warps take gate's, the others the same ones of up.
-__device__ __forceinline__ Place place_of_warp(const Prompt& p, int warp) {
-  if (!p.is_gated) return place_of_tile(p.pieces, blockIdx.y * p.tiles + warp);
-  const int half = p.tiles / 2, tile = blockIdx.y * half + (warp < half ? warp : warp - half);
-  const Segment& matrix = p.pieces.segments[warp < half ? 0 : 1];
+// One of the block's tiles; of a gated product the first half are gate's, the others the same ones of up.
+__device__ __forceinline__ Place place_in_block(const Prompt& p, int i) {
+  if (!p.is_gated) return place_of_tile(p.pieces, blockIdx.y * p.tiles + i);
+  const int half = p.tiles / 2, tile = blockIdx.y * half + (i < half ? i : i - half);
+  const Segment& matrix = p.pieces.segments[i < half ? 0 : 1];
   return {tile < matrix.num_tiles ? &matrix : nullptr, tile};
 }
 
 __device__ void stream_weights(const Prompt& p, const Ring& ring, int begin, int end, int lane) {
   const int unit_bytes = p.pieces.segments[0].unit_bytes;
-  const Place place = place_of_warp(p, min(lane, p.tiles - 1));
+  const Place place = place_in_block(p, min(lane, p.tiles - 1));
   const bool has_tile = lane < p.tiles && place.matrix != nullptr;
   const uint8_t* data = nullptr;
   if (has_tile) data = place.matrix->data + static_cast<int64_t>(place.tile) * p.units * unit_bytes;
@@ -102,12 +106,13 @@ __device__ void stream_activations(const Prompt& p, const Ring& ring, int begin,
 }
 
 // What results are multiplied by: read long before, for a trip to memory takes as long as several units.
-template <int kTiles, int kTokens>
+template <int kWarps, int kTokens>
 struct Factors {
-  float rows[kTileRows * kTiles], tokens[kTokens];
+  float rows[kSets<kWarps, kTokens> * kWarps * kTileRows], tokens[kTokens];
 };
 
 // Writes a block's results [tokens][stride], still without their tokens' scales.
+template <int kWarps>
 __device__ void store_product(const Prompt& p, const float* results, const float* scales, int stride, int first_token,
                               int num_tokens, int warp, int lane) {
   const int rows = kTileRows * p.tiles;
@@ -115,8 +120,8 @@ __device__ void store_product(const Prompt& p, const float* results, const float
   const Segment& last = p.pieces.segments[p.pieces.count - 1];
   const int at_row = warp % parts * 128 + 4 * lane, column = p.pieces.first_rows[0] + blockIdx.y * rows + at_row;
   const int num_columns = min(4, p.pieces.first_rows[p.pieces.count - 1] + last.n - column);
-  if (num_columns <= 0 || at_row >= rows) return;
-  for (int t = warp / parts; t < num_tokens; t += p.tiles / parts) {
+  if (num_columns <= 0 || at_row >= rows || warp >= kWarps / parts * parts) return;
+  for (int t = warp / parts; t < num_tokens; t += kWarps / parts) {
     const int token = first_token + t;
     float4 v = *reinterpret_cast<const float4*>(results + t * stride + at_row);
     const float scale = scales[t];
@@ -139,10 +144,11 @@ __device__ void store_product(const Prompt& p, const float* results, const float
   }
 }
 
+template <int kWarps>
 __device__ void store_gated(const Prompt& p, const float* results, const float* scales, int stride, int first_token,
                             int num_tokens, int warp, int lane) {
   const int half = kTileRows * p.tiles / 2;
-  for (int t = warp; t < num_tokens; t += p.tiles) {
+  for (int t = warp; t < num_tokens; t += kWarps) {
     const int token = first_token + t;
     const float scale = scales[t];
     const float *gate = results + t * stride, *up = gate + half;
@@ -161,45 +167,59 @@ __device__ void store_gated(const Prompt& p, const float* results, const float* 
   }
 }
 
-template <class F, int kTiles, int kTokens>
+template <class F, int kWarps, int kTokens>
 __device__ void consume(const Prompt& p, const Ring& weights, const Ring& x, const Ring& sums, uint8_t* shared,
-                        Factors<kTiles, kTokens>& factors, int count, int warp, int lane) {
-  const Place place = place_of_warp(p, warp);
+                        Factors<kWarps, kTokens>& factors, int count, int warp, int lane) {
+  constexpr int kOwn = kSets<kWarps, kTokens>;
   const int first_token = blockIdx.x * kTokens, num_tokens = min(kTokens, p.tokens - first_token);
-  if (place.matrix != nullptr && lane < kTileRows)
-    copy4_async(&factors.rows[warp * kTileRows + lane], place.matrix->row_factor + place.tile * kTileRows + lane);
+  int at[kOwn], own = kOwn;  // where the warp's tiles lie in a stage; how many its warpgroup has
+  if constexpr (kOwn > 1) own = (p.tiles - warp / 4 * 4 + kWarps - 1) / kWarps;
+#pragma unroll
+  for (int set = 0; set < kOwn; ++set) {
+    const int i = kWarps * set + warp;
+    const Place place = i < p.tiles ? place_in_block(p, i) : Place{nullptr, 0};
+    at[set] = min(i, p.tiles - 1) * p.pieces.segments[0].unit_bytes;
+    if (lane >= kTileRows) continue;
+    float* const to = &factors.rows[i * kTileRows + lane];
+    if (place.matrix != nullptr) copy4_async(to, place.matrix->row_factor + place.tile * kTileRows + lane);
+    else *to = 0;
+  }
   Turn().wait_full(x);  // then the kernel before has ended
-  for (int t = warp * 32 + lane; t < num_tokens; t += 32 * p.tiles) copy4_async(&factors.tokens[t], p.token_scale + first_token + t);
-  const int at = warp * p.pieces.segments[0].unit_bytes;
-  float acc[kTokens / 2] = {};
-  if constexpr (kIsNarrow<kTokens>) accumulate_narrow<F>(weights, x, sums, count, at, p.inverse_unit, lane, acc);
-  else accumulate_wgmma<F, kTokens>(weights, x, count, at, __float2half2_rn(p.inverse_unit), lane, acc);
+  for (int t = warp * 32 + lane; t < num_tokens; t += 32 * kWarps) copy4_async(&factors.tokens[t], p.token_scale + first_token + t);
+  float acc[kOwn][kTokens / 2] = {};
+  if constexpr (kIsNarrow<kTokens>) accumulate_narrow<F>(weights, x, sums, count, at, own, p.inverse_unit, lane, acc);
+  else accumulate_wgmma<F, kTokens>(weights, x, count, at[0], __float2half2_rn(p.inverse_unit), lane, acc[0]);
   wait_for_kernel_before();
   wait_copies();
-  consumers_wait(p.tiles);  // nobody reads the rings any more; all that was asked for has come
+  consumers_wait<kWarps>();  // nobody reads the rings any more; all that was asked for has come
   float* const results = reinterpret_cast<float*>(shared);
-  const int rows = kTileRows * p.tiles, stride = rows + kPadding;
+  const int stride = kTileRows * p.tiles + kPadding;
 #pragma unroll
-  for (int r8 = 0; r8 < 2; ++r8) {
-    const int row = lane / 4 + 8 * r8;
-    const float scale = place.matrix ? factors.rows[warp * kTileRows + row] * p.unit : 0;
+  for (int set = 0; set < kOwn; ++set) {
+    const int i = kWarps * set + warp;
+    if (i >= p.tiles) break;
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
+    for (int r8 = 0; r8 < 2; ++r8) {
+      const int row = i * kTileRows + lane / 4 + 8 * r8;
+      const float scale = factors.rows[row] * p.unit;
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        results[(8 * j + 2 * (lane % 4) + e) * stride + warp * kTileRows + row] = acc[4 * j + 2 * r8 + e] * scale;
+      for (int j = 0; j < kTokens / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          results[(8 * j + 2 * (lane % 4) + e) * stride + row] = acc[set][4 * j + 2 * r8 + e] * scale;
+    }
   }
-  consumers_wait(p.tiles);
-  if (!p.is_gated) store_product(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
-  else store_gated(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
+  consumers_wait<kWarps>();
+  if (!p.is_gated) store_product<kWarps>(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
+  else store_gated<kWarps>(p, results, factors.tokens, stride, first_token, num_tokens, warp, lane);
 }
 
-template <class F, int kTiles, int kTokens>
-__global__ void __launch_bounds__(32 * kTiles + kStreamers, kBlocksOf<kTiles, kTokens>)
+template <class F, int kWarps, int kTokens>
+__global__ void __launch_bounds__(32 * kWarps + kStreamers, kBlocksOf<kWarps, kTokens>)
     prompt_matmul(const __grid_constant__ Prompt p) {
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[5][kMaxRing];
-  __shared__ Factors<kTiles, kTokens> factors;
+  __shared__ Factors<kWarps, kTokens> factors;
   uint8_t* const data = shared + (1024 - shared_address(shared) % 1024) % 1024;
   constexpr int kXStage = kIsNarrow<kTokens> ? kXUnitBytes : 128 * kTokens;
   const Ring weights{data + p.x_stages * kXStage, barriers[0], barriers[1], p.weight_stages,
@@ -212,38 +232,39 @@ __global__ void __launch_bounds__(32 * kTiles + kStreamers, kBlocksOf<kTiles, kT
   const int begin = blockIdx.z * p.units_per_split, end = min(begin + p.units_per_split, p.units);
   if (threadIdx.x == 0) {
     let_next_kernel_start();
-    for (int i = 0; i < x.stages; ++i) mbarrier_init(&x.full[i], 1), mbarrier_init(&x.empty[i], p.tiles * kWarpArrivals);
+    for (int i = 0; i < x.stages; ++i) mbarrier_init(&x.full[i], 1), mbarrier_init(&x.empty[i], kWarps * kWarpArrivals);
     for (int i = 0; i < sums.stages; ++i) mbarrier_init(&sums.full[i], kWarpArrivals);
-    for (int i = 0; i < weights.stages; ++i) mbarrier_init(&weights.full[i], 1), mbarrier_init(&weights.empty[i], p.tiles * kWarpArrivals);
+    for (int i = 0; i < weights.stages; ++i) mbarrier_init(&weights.full[i], 1), mbarrier_init(&weights.empty[i], kWarps * kWarpArrivals);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  constexpr bool kIsPaired = kBlocksOf<kTiles, kTokens> == 2;
-  if (warp >= p.tiles) {
+  constexpr bool kIsPaired = kBlocksOf<kWarps, kTokens> == 2;
+  if (warp >= kWarps) {
     if constexpr (kIsNarrow<kTokens>) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-    else if constexpr (kTiles == 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    else if constexpr (kWarps == 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     else if constexpr (kIsPaired) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp == p.tiles) {
+    if (warp == kWarps) {
       stream_weights(p, weights, begin, end, lane);
-    } else if (warp == p.tiles + 1 && lane == 0) {
+    } else if (warp == kWarps + 1 && lane == 0) {
       wait_for_kernel_before();
       stream_activations<kTokens>(p, x, begin, end);
-    } else if (kIsNarrow<kTokens> && warp == p.tiles + 2) {
+    } else if (kIsNarrow<kTokens> && warp == kWarps + 2) {
       if constexpr (kIsNarrow<kTokens>) sum_activations<F>(x, sums, end - begin, lane);
     }
   } else {
-    if constexpr (kIsNarrow<kTokens>) asm volatile("setmaxnreg.inc.sync.aligned.u32 88;");
-    else if constexpr (kTiles == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    if constexpr (kIsNarrow<kTokens> && kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 88;");
+    else if constexpr (kIsNarrow<kTokens>) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    else if constexpr (kWarps == 16) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     else if constexpr (kIsPaired) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-    consume<F, kTiles, kTokens>(p, weights, x, sums, data, factors, end - begin, warp, lane);
+    consume<F, kWarps, kTokens>(p, weights, x, sums, data, factors, end - begin, warp, lane);
   }
 }
 
-template <class F, int kTiles, int kTokens>
+template <class F, int kWarps, int kTokens>
 cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
-  constexpr int kLine = 128 * kTokens, kRoom = kBlocksOf<kTiles, kTokens> == 2 ? kHalfSharedBytes : kSharedBytes;
-  constexpr int kBeside = sizeof(Factors<kTiles, kTokens>) + 5 * kMaxRing * sizeof(uint64_t) + 1024;
-  static_assert(kBlocksOf<kTiles, kTokens> * (kRoom + kBeside + 1024) <= 228 * 1024, "the blocks do not fit");
+  constexpr int kLine = 128 * kTokens, kRoom = kBlocksOf<kWarps, kTokens> == 2 ? kHalfSharedBytes : kSharedBytes;
+  constexpr int kBeside = sizeof(Factors<kWarps, kTokens>) + 5 * kMaxRing * sizeof(uint64_t) + 1024;
+  static_assert(kBlocksOf<kWarps, kTokens> * (kRoom + kBeside + 1024) <= 228 * 1024, "the blocks do not fit");
   const int unit = p.tiles * p.pieces.segments[0].unit_bytes;
   int sums = 0;
   if constexpr (kIsNarrow<kTokens>) {
@@ -255,19 +276,19 @@ cudaError_t run(Prompt p, int splits, cudaStream_t stream) {
   }
   constexpr int kXStage = kIsNarrow<kTokens> ? kXUnitBytes : kLine;
   const int bytes = p.weight_stages * unit + p.x_stages * kXStage + sums + 1024;
-  const auto kernel = prompt_matmul<F, kTiles, kTokens>;
+  const auto kernel = prompt_matmul<F, kWarps, kTokens>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   int tiles = 0;
   for (int i = 0; i < p.pieces.count; ++i) tiles += p.pieces.segments[i].num_tiles;
   const dim3 grid((p.tokens + kTokens - 1) / kTokens, (tiles + p.tiles - 1) / p.tiles, splits);
-  return launch_early(kernel, grid, 32 * p.tiles + kStreamers, bytes, p, stream);
+  return launch_early(kernel, grid, 32 * kWarps + kStreamers, bytes, p, stream);
 }
 
 }  // namespace
 
 // padded: tokens of x, a multiple of 8. tile: tokens of a block (16, 32, 64 or 128); rows: of a block, 128 or 256, or for tiles
-// of 16, which take all tokens, 64 or 128. No split is empty. Gated: one split, two
+// of 16, which take all tokens, any multiple of 16 from 128 to 512. No split is empty. Gated: one split, two
 // pieces of n rows, of both of which a block has as many.
 extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int padded, int tile, int rows, int n,
                                 int splits, int is_wide, const void* x, const float* token_scale, void* out, float unit,
@@ -277,13 +298,13 @@ extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int
                  is_gated, activation, out_factor};
   cudaError_t error = cudaErrorInvalidValue;
   if ((splits - 1) * p.units_per_split >= units) return error;
-  const bool fits = tile == 16 ? padded <= 16 && (rows == 64 || rows == 128) : rows == 128 || rows == 256;
+  const bool fits = tile == 16 ? padded <= 16 && rows >= 128 && rows <= 512 && rows % kTileRows == 0 : rows == 128 || rows == 256;
   if (!fits || (is_gated && (splits > 1 || pieces->count != 2 || rows % 32 != 0))) return error;
   with_format(pieces->segments[0].format, [&](auto f) {
     using F = decltype(f);
     const auto s = static_cast<cudaStream_t>(stream);
     const bool is_half = rows <= 128;
-    if (tile == 16) error = run<F, 8, 16>(p, splits, s);
+    if (tile == 16) error = is_half ? run<F, 8, 16>(p, splits, s) : run<F, 16, 16>(p, splits, s);
     if (tile == 32) error = is_half ? run<F, 8, 32>(p, splits, s) : run<F, 16, 32>(p, splits, s);
     if (tile == 64) error = is_half ? run<F, 8, 64>(p, splits, s) : run<F, 16, 64>(p, splits, s);
     if (tile == 128) error = is_half ? run<F, 8, 128>(p, splits, s) : run<F, 16, 128>(p, splits, s);

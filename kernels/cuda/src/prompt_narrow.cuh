@@ -160,45 +160,42 @@ __device__ __forceinline__ void settle(float (&v)[8]) {
   asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3]), "+f"(v[4]), "+f"(v[5]), "+f"(v[6]), "+f"(v[7])::"memory");
 }
 
-// As accumulate_wgmma; stages are units of all tokens. While the tensor cores sum up the codes of one step, 64 columns (or a
-// group of 32), the next one's are unpacked, and the one before is closed with its scale.
-template <class F>
-__device__ void accumulate_narrow(const Ring& weights, const Ring& x, const Ring& sums, int count, int at, float inverse_unit,
-                                  int lane, float (&acc)[kNarrowTokens / 2]) {
+// As accumulate_wgmma; stages are units of all tokens, and a warp has up to kSets tiles, `own` of them in this block (the same
+// number for all warps of a warpgroup). While the tensor cores sum up the codes of one step, 64 columns (or a group of 32), the
+// next one's are unpacked, and the one before is closed with its scale.
+template <class F, int kSets>
+__device__ void accumulate_narrow(const Ring& weights, const Ring& x, const Ring& sums, int count, const int (&at)[kSets], int own,
+                                  float inverse_unit, int lane, float (&acc)[kSets][kNarrowTokens / 2]) {
   constexpr int kWords = kParameterWords<F>, kColumns = F::kGroup == 32 ? 32 : 64;
   constexpr int kStepCount = kUnitColumns / kColumns, kProducts = kColumns / 16;  // of a unit, of a step
-  const uint32_t tile = shared_address(weights.data) + at;
-  const uint32_t first_codes = kept(tile + lane * 16), first_row = kept(tile + kCodeBytes<F::kBits> + lane / 4 * kWords * 4);
   const uint32_t first_sums = kept(shared_address(sums.data) + lane * 8);
   const uint32_t first_line = descriptor(shared_address(x.data));
-  float total[2][4] = {}, c[2][8], factors[2][2];
+  float total[kSets][2][4] = {}, c[2][8], factors[2][2];
   uint32_t a[2][kProducts][4], codes[4][4], params[kWords];
   Turn unit;
-  const auto close = [&](int step) {
-    settle(c[step % 2]);
+  const auto tile = [&](int set, uint32_t here, uint32_t line) {
+    const uint32_t codes_at = here + lane * 16, row = here + kCodeBytes<F::kBits> + lane / 4 * kWords * 4;
+    const auto close = [&](int step) {
+      settle(c[step % 2]);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) total[i / 4][i % 4] = fmaf(c[step % 2][i], factors[step % 2][i / 2 % 2], total[i / 4][i % 4]);
-  };
-  for (int u = 0; u < count; ++u, unit.next(weights)) {
-    unit.wait_full(weights, x);
-    const uint32_t here = unit.stage * weights.stage_bytes, line = first_line + unit.stage * (kXUnitBytes / 16);
+      for (int i = 0; i < 8; ++i)
+        total[set][i / 4][i % 4] = fmaf(c[step % 2][i], factors[step % 2][i / 2 % 2], total[set][i / 4][i % 4]);
+    };
     const auto step = [&](auto number) {
       constexpr int kStep = decltype(number)::value, kFirst = kStep * kColumns;
       if constexpr (kStep == 0) {
-        const UnitParameters<F> own(first_row + here);
+        const UnitParameters<F> read(row);
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) params[i] = own.words[i];
+        for (int i = 0; i < kWords; ++i) params[i] = read.words[i];
       }
-      if constexpr (kFirst % 128 == 0) {
-        const uint32_t codes_at = first_codes + here;
+      if constexpr (kFirst % 128 == 0)
         load_codes<F::kBits, true>([&](int n) { return shared16(codes_at + n); }, [&](int n) { return shared8(codes_at + n); },
                                    kFirst / 128, 0, codes);
-      }
-      uint32_t(&own)[kProducts][4] = a[kStep % 2];
+      uint32_t(&operand)[kProducts][4] = a[kStep % 2];
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) {
         const uint32_t(&of)[4] = codes[(kFirst / 32 + i / 2) % 4];
-        code_halves<F>(of[i % 2 * 2], of[i % 2 * 2 + 1], own[i]);
+        code_halves<F>(of[i % 2 * 2], of[i % 2 * 2 + 1], operand[i]);
       }
 #pragma unroll
       for (int r8 = 0; r8 < 2; ++r8)
@@ -207,8 +204,8 @@ __device__ void accumulate_narrow(const Ring& weights, const Ring& x, const Ring
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) {
-        if (i == 0) wgmma_16<false>(c[kStep % 2], own[i], whole(b));
-        else wgmma_16<true>(c[kStep % 2], own[i], whole(b + 2 * i));
+        if (i == 0) wgmma_16<false>(c[kStep % 2], operand[i], whole(b));
+        else wgmma_16<true>(c[kStep % 2], operand[i], whole(b + 2 * i));
       }
       wgmma_commit();
       if constexpr (kStep > 0) {
@@ -220,19 +217,29 @@ __device__ void accumulate_narrow(const Ring& weights, const Ring& x, const Ring
     unit.wait_full(sums);
     const uint32_t own_sums = first_sums + unit.stage * kSumsBytes<F>;
 #pragma unroll
-    for (int set = 0; set < kSumSets<F>; ++set) {
+    for (int i = 0; i < kSumSets<F>; ++i) {
       uint2 of_set[2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) of_set[j] = shared8(own_sums + (2 * set + j) * 256);
+      for (int j = 0; j < 2; ++j) of_set[j] = shared8(own_sums + (2 * i + j) * 256);
       uint32_t zeros[4];
-      zero_points<F>(first_row + here, set, inverse_unit, lane, zeros);
+      zero_points<F>(row, i, inverse_unit, lane, zeros);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) mma_half(total[j], zeros, of_set[j].x, of_set[j].y);
+      for (int j = 0; j < 2; ++j) mma_half(total[set][j], zeros, of_set[j].x, of_set[j].y);
     }
     wgmma_wait<0>();
     close(kStepCount - 1);
+  };
+  for (int u = 0; u < count; ++u, unit.next(weights)) {
+    unit.wait_full(weights, x);
+    const uint32_t here = shared_address(weights.data) + unit.stage * weights.stage_bytes;
+    const uint32_t line = first_line + unit.stage * (kXUnitBytes / 16);
+#pragma unroll
+    for (int set = 0; set < kSets; ++set)
+      if (kSets == 1 || set < own) tile(set, here + at[set], line);
     warp_arrive(&weights.empty[unit.stage], lane);
   }
 #pragma unroll
-  for (int i = 0; i < kNarrowTokens / 2; ++i) acc[i] = total[i / 4][i % 4] * kProductUnit<F>;
+  for (int set = 0; set < kSets; ++set)
+#pragma unroll
+    for (int i = 0; i < kNarrowTokens / 2; ++i) acc[set][i] = total[set][i / 4][i % 4] * kProductUnit<F>;
 }
