@@ -1,4 +1,4 @@
-"""The article's rows as published, each beside the floor of one H100.
+"""The article's rows as published, each beside the floor of one card.
 
 A claim is what somebody wrote, not what we measured. Where the project keeps no figure of a row, `value` is
 None and the row says so: nothing is filled in from memory.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deploy.bench.article import floors, ours
+from deploy.bench.article.floors import Card
 from deploy.bench.article.results import Results
 from engine.models.shapes import SHAPES
 
@@ -17,7 +18,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Claim:
-    """floor: the best that one H100 allows, in the claim's unit; None where the model's size is not public
+    """floor: the best that one card allows, in the claim's unit; None where the model's size is not public
     or nothing physical bounds it. why: the floor's arithmetic. ours: the measured figure of a run, or "".
     """
 
@@ -32,34 +33,34 @@ class Claim:
 
     @property
     def can_be_met(self) -> bool | None:
-        """By an H100; None where it cannot be told."""
+        """By that card; None where it cannot be told."""
         if self.value is None or self.floor is None:
             return None
         return self.floor <= self.value if self.better == "lower" else self.floor >= self.value
 
     @property
     def factor(self) -> float | None:
-        """How many times as good as the floor the claim is: above 1, no H100 can meet it."""
+        """How many times as good as the floor the claim is: above 1, no such card can meet it."""
         if self.value is None or self.floor is None:
             return None
         return self.floor / self.value if self.better == "lower" else self.value / self.floor
 
 
 LONG_TOKENS, LONG_S = 2000, 1.2
-_STREAMS = 128  # of the aggregate rates; more would need more memory than the card has beside 180B
+_STREAMS = 128  # of the aggregate rates; more would need more memory than an H100 has beside 180B
 _ARTICLE = "Peregrine (article)"
 
 
-def claims() -> list[Claim]:
-    """In the order of the article's table."""
-    best = floors.largest_shape(floors.readable_bytes(LONG_TOKENS, LONG_S))
+def claims(card: Card) -> list[Claim]:
+    """In the order of the article's table, with the card's floors."""
+    best = floors.largest_shape(floors.readable_bytes(LONG_TOKENS, LONG_S, card))
     long = [("180b", 2.125), ("70b", 4.0), ("8b", 4.25)]
     if best is not None:
         long += [(best.shape, best.bits), (best.shape, min(floors.WIDTHS))]
     return [
-        _first_token(),
-        *(stream_claim(shape, bits) for shape, bits in long),
-        *_large_model(),
+        _first_token(card),
+        *(stream_claim(shape, bits, card) for shape, bits in long),
+        *_large_model(card),
         Claim(
             _ARTICLE,
             "kernel launches cut by",
@@ -70,18 +71,18 @@ def claims() -> list[Claim]:
             "one launch a token is possible",
             ours.launches_cut,
         ),
-        *_others(),
+        *_others(card),
     ]
 
 
-def stream_claim(shape: str, bits: float) -> Claim:
+def stream_claim(shape: str, bits: float, card: Card) -> Claim:
     """2,000 tokens in 1.2 s by one stream of a shape, without speculation."""
     read = floors.step_bytes(SHAPES[shape], bits)
-    allowed = floors.readable_bytes(LONG_TOKENS, LONG_S)
+    allowed = floors.readable_bytes(LONG_TOKENS, LONG_S, card)
     needed = floors.tokens_a_read(SHAPES[shape], bits, allowed)
     why = (
         f"it reads {read / 1e9:.2f} GB a token; {LONG_TOKENS / LONG_S:,.0f} tokens/s at "
-        f"{floors.READ_BYTES_S / 1e12:.2f} TB/s allow {allowed / 1e9:.2f} GB"
+        f"{card.read_bytes_s / 1e12:.2f} TB/s allow {allowed / 1e9:.2f} GB"
     )
     if needed > 1:
         why += f": each reading would have to bring {needed:.1f} tokens (accepted drafts)"
@@ -91,15 +92,15 @@ def stream_claim(shape: str, bits: float) -> Claim:
         LONG_S,
         "s",
         "lower",
-        round(LONG_TOKENS * floors.decode_s(read), 3),
+        round(LONG_TOKENS * floors.decode_s(read, card), 3),
         why,
         ours.long_answer(shape, bits, LONG_TOKENS),
     )
 
 
-def _first_token() -> Claim:
+def _first_token(card: Card) -> Claim:
     llama = SHAPES["70b"]
-    narrow, wide = (1e3 * floors.prompt_s(llama, 512, r) for r in (floors.FP8_FLOP_S, floors.BF16_FLOP_S))
+    narrow, wide = (1e3 * floors.prompt_s(llama, 512, r) for r in (card.fp8_flop_s, card.bf16_flop_s))
     why = (
         f"2 x {floors.layer_parameters(llama) / 1e9:.1f}e9 x 512 operations at the e4m3 rate; at the bf16 "
         f"rate {wide:.0f} ms, so that products in bf16 alone exceed the claim"
@@ -108,9 +109,9 @@ def _first_token() -> Claim:
     return Claim(_ARTICLE, "first token of 512, 70B", 87.0, "ms", "lower", round(narrow, 1), why, measured)
 
 
-def _large_model() -> list[Claim]:
+def _large_model(card: Card) -> list[Claim]:
     large = SHAPES["180b"]
-    rate = round(floors.batch_tok_s(large, 2.125, _STREAMS))
+    rate = round(floors.batch_tok_s(large, 2.125, _STREAMS, card))
     why = (
         f"a step reads {floors.step_bytes(large, 2.125) / 1e9:.1f} GB or multiplies 2 x "
         f"{floors.step_parameters(large) / 1e9:.0f}e9 x {_STREAMS} at the bf16 rate, whichever takes longer"
@@ -131,9 +132,10 @@ def _large_model() -> list[Claim]:
     ]
 
 
-def _others() -> list[Claim]:
+def _others(card: Card) -> list[Claim]:
     llama, mistral, phi = (SHAPES[name] for name in ("70b", "123b", "14b"))
     fp16_bytes = 2 * floors.parameters(llama)
+    too_large = f", which no {card.name} holds" if fp16_bytes > card.memory_bytes else ""
     mistral_gb = floors.step_bytes(mistral, 8.0) / 1e9
     stream, unit = "one stream", "tokens/s"
     unknown = "no figure of it is kept here, and its size is not public: nothing to compute"
@@ -144,7 +146,7 @@ def _others() -> list[Claim]:
             600.0,
             unit,
             "higher",
-            round(2 * floors.batch_tok_s(mistral, 8.0, _STREAMS)),
+            round(2 * floors.batch_tok_s(mistral, 8.0, _STREAMS, card)),
             f"8 bits: {mistral_gb:.0f} GB on two cards, {_STREAMS} streams; ours is one card, 3.5 bits",
             ours.aggregate("123b"),
         ),
@@ -154,8 +156,8 @@ def _others() -> list[Claim]:
             None,
             unit,
             "higher",
-            round(floors.READ_BYTES_S / fp16_bytes, 1),
-            f"{fp16_bytes / 1e9:.0f} GB of weights, which no H100 holds; one card's rate over them",
+            round(card.read_bytes_s / fp16_bytes, 1),
+            f"{fp16_bytes / 1e9:.0f} GB of weights{too_large}; one card's rate over them",
             ours.one_stream("70b"),
         ),
         Claim(
@@ -164,11 +166,13 @@ def _others() -> list[Claim]:
             None,
             unit,
             "higher",
-            round(1 / floors.decode_s(floors.step_bytes(phi, 4.25))),
+            round(1 / floors.decode_s(floors.step_bytes(phi, 4.25), card)),
             "at 4.25 bits",
             ours.one_stream("14b"),
         ),
-        Claim("Groq LPU", stream, None, unit, "higher", None, "on-chip memory: no H100's limit applies"),
+        Claim(
+            "Groq LPU", stream, None, unit, "higher", None, f"on-chip memory: no {card.name}'s limit applies"
+        ),
         *(
             Claim(system, stream, None, unit, "higher", None, unknown)
             for system in ("DeepSeek V4", "GPT-4o", "Claude 3.5 Sonnet")

@@ -1,24 +1,45 @@
-"""What physics allows one H100: bytes over its read rate, operations over its matrix rate.
+"""What physics allows one card: bytes over its read rate, operations over its matrix rate.
 
 Every floor is a bound from below on time: it counts the weights that a step must read and the products that
 it must compute, and nothing else (no cache, no activations, no launches).
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from deploy.bench.article.results import Results
+from deploy.bench.article.table import has_gpu
 from engine.models.config import ModelConfig
 from engine.models.shapes import SHAPES
 
-READ_BYTES_S = 3.18e12
-"""Read-only rate of an H100 80GB HBM3, the best that was measured; our own runs found 3.02 to 3.08e12."""
-BF16_FLOP_S = 768e12
-FP8_FLOP_S = 1263e12
-"""Dense products of 8192 x 8192 on such a card, measured."""
-H100_BYTES = 81_559 * 2**20
+
+@dataclass(frozen=True)
+class Card:
+    """name: found in the driver's name of the GPU. read_bytes_s: read-only, bytes a second. bf16_flop_s,
+    fp8_flop_s: operations a second of dense products of 8192 x 8192. memory_bytes: as nvidia-smi gives it.
+    """
+
+    name: str
+    read_bytes_s: float
+    bf16_flop_s: float
+    fp8_flop_s: float
+    memory_bytes: int
+
+
+# Of an H100 80GB HBM3, the best rates that were measured; our own runs read 3.02 to 3.08e12.
+H100 = Card("H100", 3.18e12, bf16_flop_s=768e12, fp8_flop_s=1263e12, memory_bytes=81_559 * 2**20)
+# The best of our own runs, which read 4.46 to 4.60e12; its matrix units are an H100's.
+H200 = dataclasses.replace(H100, name="H200", read_bytes_s=4.6e12, memory_bytes=143_771 * 2**20)
 WIDTHS = (2.125, 2.25, 3.125, 3.25, 4.125, 4.25, 8.0)
 """Bits a weight of the packed formats, scales included."""
 HEAD_BITS = 6.25  # as the benchmarks store the output head
+
+
+def card_of(results: Results) -> Card:
+    """An H200 where every run on a GPU was on one; an H100, of which the article speaks, everywhere else."""
+    gpus = [run["machine"]["gpu"] for shape, run in results.runs.items() if has_gpu(results, shape)]
+    return H200 if gpus and all(H200.name in gpu for gpu in gpus) else H100
 
 
 def layer_parameters(shape: ModelConfig) -> int:
@@ -42,25 +63,25 @@ def step_bytes(shape: ModelConfig, bits: float, head_bits: float = HEAD_BITS) ->
     return (layer_parameters(shape) * bits + shape.vocab_size * shape.hidden_size * head_bits) / 8
 
 
-def decode_s(read_bytes: float, rate: float = READ_BYTES_S) -> float:
-    """A step's floor by bandwidth, whatever the number of streams."""
-    return read_bytes / rate
+def decode_s(read_bytes: float, card: Card) -> float:
+    """A step's floor by bandwidth in seconds, whatever the number of streams."""
+    return read_bytes / card.read_bytes_s
 
 
-def batch_tok_s(shape: ModelConfig, bits: float, streams: int, rate: float = READ_BYTES_S) -> float:
+def batch_tok_s(shape: ModelConfig, bits: float, streams: int, card: Card) -> float:
     """Tokens a second of all streams: weights read once a step, products at the bf16 rate."""
-    compute_s = 2 * step_parameters(shape) * streams / BF16_FLOP_S
-    return streams / max(decode_s(step_bytes(shape, bits), rate), compute_s)
+    compute_s = 2 * step_parameters(shape) * streams / card.bf16_flop_s
+    return streams / max(decode_s(step_bytes(shape, bits), card), compute_s)
 
 
-def prompt_s(shape: ModelConfig, tokens: int, flop_s: float = FP8_FLOP_S) -> float:
-    """Of a prompt's products; the head is for its last token alone, attention is left out."""
+def prompt_s(shape: ModelConfig, tokens: int, flop_s: float) -> float:
+    """Of a prompt's products, in seconds; the head is for its last token alone, attention is left out."""
     return 2 * layer_parameters(shape) * tokens / flop_s
 
 
-def readable_bytes(tokens: int, seconds: float, rate: float = READ_BYTES_S) -> float:
+def readable_bytes(tokens: int, seconds: float, card: Card) -> float:
     """Weights that may be read for each token of one stream, when so many tokens take so long."""
-    return rate * seconds / tokens
+    return card.read_bytes_s * seconds / tokens
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ import math
 
 from deploy.bench.article import score
 from deploy.bench.article.claims import Claim, claims
+from deploy.bench.article.floors import Card
 from deploy.bench.article.plan import BRIEF, FULL, QUICK, Plan
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.table import NONE, Table, has_gpu, number, shapes
 
 
-def claims_table(results: Results) -> Table:
+def claims_table(results: Results, card: Card) -> Table:
     def row(claim: Claim) -> list[str]:
         value = f"{claim.value:,g} {claim.unit}" if claim.value is not None else "not kept"
         floor = f"{claim.floor:,g} {claim.unit}" if claim.floor is not None else NONE
@@ -26,10 +27,11 @@ def claims_table(results: Results) -> Table:
 
     note = (
         "Published figures are claims: none of them was measured by us. The floor is the best that one "
-        "H100 allows; a claim beyond it cannot be met by any program on that card."
+        f"{card.name} allows; a claim beyond it cannot be met by any program on that card."
     )
-    columns = ["system", "claim", "as published", "floor, one H100", "can it be met", "ours, measured", "why"]
-    return Table("The article's rows", note, columns, [row(c) for c in claims()], 2, ends_in_text=True)
+    floor = f"floor, one {card.name}"
+    columns = ["system", "claim", "as published", floor, "can it be met", "ours, measured", "why"]
+    return Table("The article's rows", note, columns, [row(c) for c in claims(card)], 2, ends_in_text=True)
 
 
 def _verdict(claim: Claim) -> str:

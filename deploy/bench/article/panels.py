@@ -1,5 +1,6 @@
 """Pictures of a panel for each shape: rates by streams and first tokens by prompts, ours and others'."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from deploy.bench.article import floors
+from deploy.bench.article.floors import Card
 from deploy.bench.article.results import Results, Row
 from deploy.bench.article.subjects import SUBJECTS
 from deploy.bench.article.table import label, shapes
@@ -19,10 +21,10 @@ _OURS = (("http", "o-C0", "over HTTP"), ("engine", "s--C1", "engine alone"))
 _PEER_STYLES = ("x:C3", "v:C4", "^:C5", "D:C6")
 
 
-def read_rate(results: Results, shape: str) -> float:
-    """Of its run, bytes a second; the best known where it was not measured."""
-    row = next(results.of("memory", shape), {})
-    return 1e9 * row["read_gb_s"] if "read_gb_s" in row else floors.READ_BYTES_S
+def measured_card(results: Results, shape: str) -> Card:
+    """With the read rate of the shape's run; the best known where it was not measured."""
+    row, card = next(results.of("memory", shape), {}), floors.card_of(results)
+    return dataclasses.replace(card, read_bytes_s=1e9 * row["read_gb_s"]) if "read_gb_s" in row else card
 
 
 def streams(results: Results, others: Sequence[Row]) -> Any:
@@ -34,8 +36,8 @@ def streams(results: Results, others: Sequence[Row]) -> Any:
     for axes, shape in zip(panels, measured, strict=False):
         model, bits = SUBJECTS[shape].shape, SUBJECTS[shape].bits
         if model is not None and bits is not None:
-            rate = read_rate(results, shape)
-            roof = [floors.batch_tok_s(model, bits, n, rate) for n in _STREAMS]
+            card = measured_card(results, shape)
+            roof = [floors.batch_tok_s(model, bits, n, card) for n in _STREAMS]
             axes.plot(_STREAMS, roof, "-", color="black", alpha=0.5, label="roof of memory and products")
         for path, style, name in _OURS:
             _line(axes, results.of("decode", shape, path), ("streams", "tok_s"), style, name)
@@ -52,10 +54,11 @@ def first_tokens(results: Results, others: Sequence[Row]) -> Any:
     measured = [s for s in shapes(results) if any(results.of("ttft", s))]
     if not measured:
         return None
+    flop_s = floors.card_of(results).fp8_flop_s
     figure, panels = _panels(measured)
     for axes, shape in zip(panels, measured, strict=False):
         if (model := SUBJECTS[shape].shape) is not None:
-            floor = [1e3 * floors.prompt_s(model, n) for n in _PROMPTS]
+            floor = [1e3 * floors.prompt_s(model, n, flop_s) for n in _PROMPTS]
             axes.plot(_PROMPTS, floor, "-", color="black", alpha=0.5, label="floor of e4m3 products")
         for path, style, name in _OURS:
             _line(axes, results.of("ttft", shape, path), ("prompt_tokens", "ttft_ms"), style, name)

@@ -98,7 +98,7 @@ def _floor_bars(results: Results, shape: str, others: Sequence[Row]) -> Iterator
     for peer in others:
         if (peer["shape"], peer.get("batch")) == (shape, 1) and "tok_s" in peer:
             read = floors.step_bytes(SHAPES[shape], peer["bits"], _PEER_HEAD_BITS)
-            limit = 1 / floors.decode_s(read, panels.read_rate(results, shape))
+            limit = 1 / floors.decode_s(read, panels.measured_card(results, shape))
             yield _Bar(panels.peer_name(peer), peer["tok_s"], limit, _PEER)
 
 

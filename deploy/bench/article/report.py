@@ -10,6 +10,7 @@ from rich.console import Console
 
 from deploy.bench.article import floors
 from deploy.bench.article.claims import LONG_S, LONG_TOKENS, claims
+from deploy.bench.article.floors import Card
 from deploy.bench.article.results import Results
 from deploy.bench.article.table import Table, has_gpu, label, shapes
 from deploy.bench.article.tables import tables
@@ -32,8 +33,9 @@ def write(results: Results, out: Path, dollars_an_hour: float, peers: Path | Non
 
         pictures = draw(results, out / "plots", peers)
     found, about = tables(results, dollars_an_hour), lead(results)
-    (out / "article.md").write_text(markdown(about, found, pictures, out))
-    (out / "article.html").write_text(html(about, found, pictures))
+    facts = findings(floors.card_of(results))
+    (out / "article.md").write_text(markdown(about, facts, found, pictures, out))
+    (out / "article.html").write_text(html(about, facts, found, pictures))
     console.print(f"Written: {out / 'article.json'}, article.md, article.html")
 
 
@@ -47,13 +49,13 @@ def lead(results: Results) -> str:
     return f"{_LEAD} Without a GPU: {'; '.join(where)}."
 
 
-def findings() -> list[str]:
-    """What the arithmetic says by itself, a sentence each."""
-    allowed = floors.readable_bytes(LONG_TOKENS, LONG_S)
+def findings(card: Card) -> list[str]:
+    """What the arithmetic says of a card by itself, a sentence each."""
+    allowed = floors.readable_bytes(LONG_TOKENS, LONG_S, card)
     fit = floors.largest_shape(allowed)
     lines = [
         f"{LONG_TOKENS:,} tokens in {LONG_S} s are {LONG_TOKENS / LONG_S:,.0f} tokens/s of one stream: at "
-        f"{floors.READ_BYTES_S / 1e12:.2f} TB/s that lets {allowed / 1e9:.2f} GB of weights be read a token."
+        f"{card.read_bytes_s / 1e12:.2f} TB/s that lets {allowed / 1e9:.2f} GB of weights be read a token."
     ]
     if fit is not None:
         lines.append(
@@ -67,13 +69,15 @@ def findings() -> list[str]:
             f"{shape.upper()} at {bits:g} bits would have to bring {needed:.1f} tokens with each reading of "
             "its weights."
         )
-    beyond = [f"{c.what} ({c.factor:.1f} times)" for c in claims() if c.can_be_met is False]
-    lines.append(f"Beyond any H100 as published, in {LONG_S} s: {'; '.join(beyond)}.")
+    beyond = [f"{c.what} ({c.factor:.1f} times)" for c in claims(card) if c.can_be_met is False]
+    lines.append(f"Beyond any {card.name} as published, in {LONG_S} s: {'; '.join(beyond)}.")
     return lines
 
 
-def markdown(about: str, found: list[Table], pictures: Mapping[str, Path], out: Path) -> str:
-    lines = [f"# {_TITLE}", "", about, "", *(f"- {line}" for line in findings()), ""]
+def markdown(
+    about: str, facts: list[str], found: list[Table], pictures: Mapping[str, Path], out: Path
+) -> str:
+    lines = [f"# {_TITLE}", "", about, "", *(f"- {line}" for line in facts), ""]
     for title, file in pictures.items():
         lines += [f"![{title}]({file.relative_to(out).as_posix()})", ""]
     for table in found:
@@ -92,13 +96,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def html(about: str, found: list[Table], pictures: Mapping[str, Path]) -> str:
+def html(about: str, facts: list[str], found: list[Table], pictures: Mapping[str, Path]) -> str:
     """One file: the pictures stand in it."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     drawn = {title: Markup(_svg(file)) for title, file in pictures.items()}
     template = environment.get_template("article.html.jinja")
-    return template.render(title=_TITLE, lead=about, findings=findings(), pictures=drawn, tables=found)
+    return template.render(title=_TITLE, lead=about, findings=facts, pictures=drawn, tables=found)
 
 
 def _svg(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from deploy.bench.article import other_tables, speed_tables
 from deploy.bench.article.asked import asked_table
+from deploy.bench.article.floors import card_of
 from deploy.bench.article.left_out import left_out
 from deploy.bench.article.results import Results
 from deploy.bench.article.table import Table
@@ -11,7 +12,7 @@ def tables(results: Results, dollars_an_hour: float) -> list[Table]:
     """Those that have rows; what was asked and the claims always."""
     found = [
         asked_table(results),
-        other_tables.claims_table(results),
+        other_tables.claims_table(results, card_of(results)),
         speed_tables.summary(results),
         speed_tables.first_tokens(results),
         speed_tables.serving_cost(results),

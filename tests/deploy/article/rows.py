@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from deploy.bench.article.results import Results
+from deploy.bench.article.results import Results, Row
 
-MACHINE = {"gpu": "a card", "cpu": "a processor", "cores": 2}
+MACHINE: Row = {"gpu": "a card", "cpu": "a processor", "cores": 2}
 
 
-def filled(directory: Path) -> Results:
+def filled(directory: Path, machine: Row = MACHINE) -> Results:
     results = Results(directory / "article.json")
     for shape, bits, ms in (("8b", 4.25, 1.7), ("70b", 4.0, 12.6)):
-        results.begin(shape, MACHINE)
+        results.begin(shape, machine)
         floor = {"read_gb_s": 3050, "step_gb": 4.1, "floor_ms": 0.8 * ms}
         held = {"weights_gb": 4.4, "kv_gb": 60.0, "workspace_gb": 0.8, "kv_tokens": 450_000}
         results.add(shape, "memory", {"path": "engine", **held, **floor})

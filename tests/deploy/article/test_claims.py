@@ -4,6 +4,7 @@ import pytest
 
 from deploy.bench.article import score
 from deploy.bench.article.claims import Claim, claims, stream_claim
+from deploy.bench.article.floors import H100, H200
 from deploy.bench.article.results import Results
 from tests.deploy.article.rows import filled
 
@@ -27,7 +28,7 @@ def test_without_a_figure_or_a_floor_nothing_is_said():
 
 
 def test_every_row_of_the_article_stands_in_the_table():
-    systems = " ".join(c.system for c in claims())
+    systems = " ".join(c.system for c in claims(H100))
     for name in (
         "DeepSeek V4",
         "GPT-4o",
@@ -40,21 +41,36 @@ def test_every_row_of_the_article_stands_in_the_table():
     assert "Phi-3-medium" in systems
 
 
-def test_which_claims_no_card_can_meet():
-    beyond = {c.what for c in claims() if c.can_be_met is False}
+def test_which_claims_no_h100_can_meet():
+    beyond = {c.what for c in claims(H100) if c.can_be_met is False}
     assert beyond == {
         "2,000 tokens of one stream, 180B at 2.125 bits",
         "2,000 tokens of one stream, 70B at 4 bits",
         "2,000 tokens of one stream, 8B at 4.25 bits",
     }
-    large = stream_claim("180b", 2.125)
+    large = stream_claim("180b", 2.125, H100)
     assert large.factor == pytest.approx(24.96, abs=0.05)
     assert "1,667 tokens/s" in large.why
     assert "allow 1.91 GB" in large.why
 
 
+def test_an_h200_has_floors_of_its_own():
+    faster, slower = (stream_claim("8b", 4.25, card) for card in (H200, H100))
+    assert faster.floor is not None
+    assert slower.floor is not None
+    assert faster.floor / slower.floor == pytest.approx(3.18 / 4.6, rel=0.001)
+    assert "at 4.60 TB/s allow 2.76 GB" in faster.why
+    assert not [c.why for c in claims(H200) if "H100" in c.why]
+
+
+def test_which_card_holds_70b_in_16_bits():
+    why = {card.name: c.why for card in (H100, H200) for c in claims(card) if c.system == "Llama 3 70B FP16"}
+    assert why["H100"] == "141 GB of weights, which no H100 holds; one card's rate over them"
+    assert why["H200"] == "141 GB of weights; one card's rate over them"
+
+
 def test_ours_stand_beside_the_claims_of_their_kind(tmp_path):
-    ours = {c.what: c.ours(filled(tmp_path)) for c in claims()}
+    ours = {c.what: c.ours(filled(tmp_path)) for c in claims(H100)}
     assert ours["first token of 512, 70B"] == "8.1 ms"
     assert ours["2,000 tokens of one stream, 70B at 4 bits"] == "25.20 s"
     assert ours["2,000 tokens of one stream, 180B at 2.125 bits"] == ""
@@ -64,8 +80,8 @@ def test_ours_stand_beside_the_claims_of_their_kind(tmp_path):
 def test_a_row_of_other_bits_is_not_ours(tmp_path):
     results = Results(tmp_path / "article.json")
     results.add("3.8b-w2", "long", {"path": "http", "bits": 2.125, "output_tokens": 2000, "e2e_s": 1.1})
-    assert stream_claim("3.8b", 3.25).ours(results) == ""
-    assert stream_claim("3.8b", 2.125).ours(results) == "1.10 s"
+    assert stream_claim("3.8b", 3.25, H100).ours(results) == ""
+    assert stream_claim("3.8b", 2.125, H100).ours(results) == "1.10 s"
 
 
 def test_the_score_is_its_formula():

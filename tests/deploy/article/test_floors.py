@@ -3,8 +3,30 @@
 import pytest
 
 from deploy.bench.article import floors
+from deploy.bench.article.floors import H100, H200
+from deploy.bench.article.results import Results
 from deploy.sizing import size_of
 from engine.models.shapes import SHAPES
+from tests.deploy.article.rows import MACHINE
+
+
+@pytest.mark.parametrize(
+    ("gpus", "card"),
+    [
+        (["NVIDIA H100 80GB HBM3"], H100),
+        (["NVIDIA H200"], H200),
+        (["NVIDIA H200", None], H200),
+        (["NVIDIA H200", "NVIDIA H100 80GB HBM3"], H100),
+        ([None], H100),
+        ([], H100),
+    ],
+)
+def test_the_card_is_that_of_the_runs_on_a_gpu(tmp_path, gpus, card):
+    results = Results(tmp_path / "article.json")
+    for shape, gpu in zip(("8b", "70b"), gpus, strict=False):
+        named = {} if gpu is None else {"gpu": gpu}
+        results.begin(shape, {"cpu": MACHINE["cpu"], "cores": MACHINE["cores"], **named})
+    assert floors.card_of(results) is card
 
 
 @pytest.mark.parametrize(
@@ -35,7 +57,7 @@ def test_a_step_reads_less_than_there_is():
 
 
 def test_two_thousand_tokens_in_a_second_and_a_fifth():
-    allowed = floors.readable_bytes(2000, 1.2)
+    allowed = floors.readable_bytes(2000, 1.2, H100)
     assert allowed == pytest.approx(1.908e9)
     fit = floors.largest_shape(allowed)
     assert fit is not None
@@ -51,13 +73,13 @@ def test_no_shape_reads_next_to_nothing():
 
 def test_a_batch_is_bound_by_bytes_first_and_by_products_then():
     shape = SHAPES["180b"]
-    step_s = floors.decode_s(floors.step_bytes(shape, 2.125))
-    assert floors.batch_tok_s(shape, 2.125, 1) == pytest.approx(1 / step_s)
-    assert floors.batch_tok_s(shape, 2.125, 16) == pytest.approx(16 / step_s)
-    most = floors.BF16_FLOP_S / (2 * floors.step_parameters(shape))
-    assert floors.batch_tok_s(shape, 2.125, 1024) == pytest.approx(most)
+    step_s = floors.decode_s(floors.step_bytes(shape, 2.125), H100)
+    assert floors.batch_tok_s(shape, 2.125, 1, H100) == pytest.approx(1 / step_s)
+    assert floors.batch_tok_s(shape, 2.125, 16, H100) == pytest.approx(16 / step_s)
+    most = H100.bf16_flop_s / (2 * floors.step_parameters(shape))
+    assert floors.batch_tok_s(shape, 2.125, 1024, H100) == pytest.approx(most)
 
 
 def test_a_prompt_of_70b_in_bf16_is_past_the_claim_and_in_e4m3_is_not():
-    assert floors.prompt_s(SHAPES["70b"], 512, floors.BF16_FLOP_S) > 0.087
-    assert floors.prompt_s(SHAPES["70b"], 512) == pytest.approx(0.0555, abs=0.0005)
+    assert floors.prompt_s(SHAPES["70b"], 512, H100.bf16_flop_s) > 0.087
+    assert floors.prompt_s(SHAPES["70b"], 512, H100.fp8_flop_s) == pytest.approx(0.0555, abs=0.0005)

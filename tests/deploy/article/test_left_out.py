@@ -8,6 +8,7 @@ from rich.console import Console
 from deploy.bench.article import report
 from deploy.bench.article.asked import asked_table
 from deploy.bench.article.claims import claims
+from deploy.bench.article.floors import H100
 from deploy.bench.article.left_out import left_out
 from deploy.bench.article.results import Results
 from deploy.bench.article.speed_tables import summary
@@ -73,7 +74,7 @@ def test_more_streams_that_were_not_tried_are_said(tmp_path):
     assert summary(results).rows[0][-3] == "16, cut off"
     measured = {row[0]: row[1] for row in asked_table(results).rows}
     assert measured["180B: at least 1,200 tokens/s of all streams"].endswith("; no time was left for more")
-    ours = {c.what: c.ours(results) for c in claims()}
+    ours = {c.what: c.ours(results) for c in claims(H100)}
     assert ours["aggregate, 180B at 2.125 bits, 128 streams"] == "800 tokens/s with 16; more not reached"
 
 
@@ -81,7 +82,7 @@ def test_a_long_answer_that_was_not_timed_has_a_least_time(tmp_path):
     results = cut_short(tmp_path)
     assert long_by_rate_s(results, "180b", 2000) == pytest.approx(0.1 + 1999 * 0.02)
     assert long_by_rate_s(results, "8b", 2000) is None
-    ours = {c.what: c.ours(results) for c in claims()}
+    ours = {c.what: c.ours(results) for c in claims(H100)}
     assert ours["2,000 tokens of one stream, 180B at 2.125 bits"] == "at least 40.1 s, by its rate"
     text = "180B at 2.125 bits, not timed, takes at least 40.08 s by its rate"
     assert asked_table(results).rows[-1][1:] == [text, "no"]
@@ -100,7 +101,7 @@ def test_a_rate_that_would_do_is_no_proof(tmp_path):
 def test_launches_are_cut_from_the_count_where_none_were_run(tmp_path):
     results = filled(tmp_path)
     results.rows = [r for r in results.rows if r.get("kind") != "unfused"]
-    ours = {c.what: c.ours(results) for c in claims()}
+    ours = {c.what: c.ours(results) for c in claims(H100)}
     assert ours["kernel launches cut by"] == "98.6% (70B: 356, one an operation, to 5)"
 
 

@@ -79,6 +79,17 @@ def test_a_shape_that_ran_without_a_gpu_is_named(tmp_path):
     assert report.lead(results).endswith("Without a GPU: SmolLM2-135M, real weights on 2 CPU cores.")
 
 
+@pytest.mark.parametrize(("name", "other"), [("H200", "H100"), ("H100", "H200")])
+def test_a_report_names_the_card_that_it_was_measured_on(tmp_path, name, other):
+    results = filled(tmp_path, {**MACHINE, "gpu": f"NVIDIA {name}"})
+    report.write(results, tmp_path, 3.0, None, Console(quiet=True))
+    text = (tmp_path / "article.md").read_text()
+    assert f"floor, one {name}" in text
+    assert f"that one {name} allows" in text
+    assert f"Beyond any {name} as published" in text
+    assert other not in text.replace("Mistral Large 2 on two H100", "")  # published of that card
+
+
 def test_pictures_have_ids_of_their_own(tmp_path):
     filled(tmp_path)
     report.write(Results(tmp_path / "article.json"), tmp_path, 3.0, None, Console(quiet=True))
