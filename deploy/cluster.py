@@ -146,7 +146,7 @@ def deploy(
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    has_router = has_haproxy and config.routing.policy != "none"
+    has_router = has_haproxy and config.needs_router
     application = build(config, on_gpu=num_gpus > 0, has_router=has_router, factory=factory)
     # serve.run would wait without a deadline and without the replica's own reason for a failure.
     _run(application, name=APP_NAME, route_prefix="/", _blocking=False)

@@ -62,6 +62,12 @@ class PeregrineConfig:
     tenants: TenantSettings = dataclasses.field(default_factory=TenantSettings)
 
     @property
+    def needs_router(self) -> bool:
+        """Where HAProxy can ask one, and the number of replicas changes only as `cluster` says."""
+        policy = self.routing.policy
+        return policy != "none" and (policy != "auto" or self.cluster.max_replicas > 1)
+
+    @property
     def telemetry(self) -> TelemetrySettings:
         return TelemetrySettings(logs=self.logs, traces=self.traces)
 

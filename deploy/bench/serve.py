@@ -1,4 +1,4 @@
-"""What the serving path adds: the bare engine and Ray Serve, the same requests, rounds in turn.
+"""What the serving path adds, its router included: the bare engine and Ray Serve, same requests, in turn.
 
 Open loop: requests arrive by a clock, whatever became of earlier ones, and latency counts from the moment
 a request was due. Both paths get the same arrival times and prompts.
@@ -39,7 +39,9 @@ def run(
     """Rows of serve.json, for paths `engine` and `serve`."""
     name = config.engine.served_model_name or Path(config.engine.model).name.removesuffix(".gguf")
     engine = dataclasses.replace(_beside_another(config.engine), served_model_name=name)
-    config = dataclasses.replace(config, engine=engine)
+    policy = "latency" if config.routing.policy == "auto" else config.routing.policy
+    routing = config.routing.model_copy(update={"policy": policy})  # also before a single replica
+    config = dataclasses.replace(config, engine=engine, routing=routing)
     with running_cluster(config) as url:
         return asyncio.run(_run(config, url, concurrencies, num_requests, rounds))
 

@@ -40,6 +40,20 @@ def test_the_example_holds_the_defaults_and_every_key():
     assert set(raw["tenants"]) == set(type(config.tenants).model_fields)
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, False),
+        ({"cluster": {"replicas": 2}}, True),
+        ({"cluster": {"replicas": 1, "autoscaling": {"max_replicas": 2}}}, True),
+        ({"routing": {"policy": "latency"}}, True),
+        ({"routing": {"policy": "none"}, "cluster": {"replicas": 2}}, False),
+    ],
+)
+def test_a_single_replica_needs_no_router(sections, expected):
+    assert load_config(None, sections).needs_router == expected
+
+
 def test_options_win_over_the_file(tmp_path):
     path = write(tmp_path, "cluster: {port: 9000, replicas: 3}\nengine: {max_num_seqs: 8}\n")
     config = load_config(path, {"cluster": {"port": 9001}})
@@ -56,7 +70,7 @@ def test_options_win_over_the_file(tmp_path):
         ("cluster: {port: high}", r"cluster\.port: .*integer"),
         ("cluster: {port: 70000}", r"cluster\.port: .*65535"),
         ("cluster: {haproxy: maybe}", r"cluster\.haproxy: .*'auto', 'on' or 'off'"),
-        ("routing: {policy: fastest}", r"routing\.policy: .*'latency', 'round_robin'.*'none'"),
+        ("routing: {policy: fastest}", r"routing\.policy: .*'auto', 'latency'.*'none'"),
         ("cluster: {autoscaling: {max_replicas: 0}}", r"cluster\.autoscaling\.max_replicas: .*"),
         ("engine: {device: tpu}", r"engine\.device: .*'auto', 'cpu' or 'cuda'"),
         ("engine: {kv_cache_dtype: int8}", r"engine\.kv_cache_dtype: .*'auto' or 'fp8'"),

@@ -74,7 +74,7 @@
 {{- end }}
 
 {{- define "peregrine.hasRouter" -}}
-{{- $policy := dig "policy" "latency" (.Values.config.routing | default dict) }}
+{{- $policy := dig "policy" "auto" (.Values.config.routing | default dict) }}
 {{- if and (ne $policy "none") (ne (.Values.config.cluster.haproxy | default "auto") "off") }}true{{ end }}
 {{- end }}
 
