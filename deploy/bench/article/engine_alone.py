@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from deploy.bench.article.launches import count_launches
-from deploy.bench.article.plan import Rounds
+from deploy.bench.article.plan import FIRST_TOKENS, Rounds
 from deploy.bench.engine import Timer
 from engine import EngineConfig
 from engine.checkpoint import open_checkpoint
@@ -53,12 +53,14 @@ def measure(
     wait()
     timer.wake()
     for num_prompt in prompts:
-        seconds = median(timer.seconds(1, num_prompt, 1) for _ in range(max(3, rounds.count)))
-        yield {"part": "ttft", "prompt_tokens": num_prompt, "ttft_ms": round(1e3 * seconds, 3)}
+        timer.seconds(1, num_prompt, 1)
+        times = [timer.seconds(1, num_prompt, 1) for _ in FIRST_TOKENS]
+        row: Row = {"part": "ttft", "prompt_tokens": num_prompt, "rounds": len(times)}
+        yield {**row, "ttft_ms": round(1e3 * median(times), 3)}
     for streams in batches:
         runs = [timer.itl_s(streams, _STEPS) for _ in rounds]
         itl_s = median(runs)
-        row: Row = {"part": "decode", "streams": streams, "itl_ms": round(1e3 * itl_s, 3)}
+        row = {"part": "decode", "streams": streams, "itl_ms": round(1e3 * itl_s, 3)}
         yield {**row, "tok_s": round(streams / itl_s, 1), "rounds": len(runs)}
     if core.runner.device.type == "cuda":
         kernels_a_token, calls_a_token = count_launches(timer)

@@ -10,7 +10,7 @@ import aiohttp
 
 from deploy.bench import report
 from deploy.bench.article.gpu_meter import GpuMeter
-from deploy.bench.article.plan import Rounds
+from deploy.bench.article.plan import FIRST_TOKENS, Rounds
 from deploy.bench.article.workloads import Workload
 from deploy.bench.client import Timeline
 from deploy.bench.idle import WAKE_S
@@ -31,7 +31,7 @@ def session() -> aiohttp.ClientSession:
 
 
 async def first_tokens(
-    client: Client, prompts: Sequence[int], rounds: int, wake_s: float = WAKE_S
+    client: Client, prompts: Sequence[int], rounds: Rounds = FIRST_TOKENS, wake_s: float = WAKE_S
 ) -> AsyncIterator[Row]:
     """One request of one output token at a time; medians, after one that does not count.
 
@@ -41,9 +41,11 @@ async def first_tokens(
     while time.monotonic() < end:
         await client.batch(1, PROMPT, 1)
     for num_prompt in prompts:
-        times = [(await client.batch(1, num_prompt, 1))[0].ttft * 1e3 for _ in range(1 + rounds)][1:]
+        await client.batch(1, num_prompt, 1)
+        times = [(await client.batch(1, num_prompt, 1))[0].ttft * 1e3 for _ in rounds]
         yield {
             "prompt_tokens": num_prompt,
+            "rounds": len(times),
             "ttft_ms": round(median(times), 3),
             "ttft_ms_max": round(max(times), 3),
         }

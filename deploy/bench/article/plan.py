@@ -24,6 +24,10 @@ class Rounds:
             yield number
 
 
+FIRST_TOKENS = Rounds(20, 1.5)
+"""Of each length of prompt: a difference of a few milliseconds wants more than a few requests."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Lengths in tokens, times in seconds.

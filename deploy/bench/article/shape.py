@@ -223,7 +223,7 @@ class Shape:
                 return Client(session, url, name)
 
             rounds = Rounds(plan.rounds, plan.rounds_s)
-            self._http("ttft", lambda s: over_http.first_tokens(client(s), plan.prompts, max(3, plan.rounds)))
+            self._http("ttft", lambda s: over_http.first_tokens(client(s), plan.prompts))
             streams = [n for n in plan.streams if n <= self._subject.max_num_seqs]
             self._http(
                 "decode",

@@ -52,7 +52,7 @@ async def collect(rows) -> list[dict]:
 
 async def test_first_tokens_are_medians_after_one_that_does_not_count():
     client = Client(1000)
-    rows = await collect(over_http.first_tokens(client, [128, 512], rounds=3, wake_s=0))
+    rows = await collect(over_http.first_tokens(client, [128, 512], Rounds(3), wake_s=0))
     assert [(r["prompt_tokens"], r["ttft_ms"]) for r in rows] == [(128, 500.0), (512, 500.0)]
     assert len(client.asked) == 8
     assert {output for _, _, output in client.asked} == {1}
