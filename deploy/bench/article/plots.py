@@ -27,7 +27,7 @@ _HTTP, _ALONE, _PEER = "C0", "#a6cbe5", "0.6"
 def draw(results: Results, directory: Path, peers: Path | None) -> dict[str, Path]:
     """Title and file of each picture that has rows. peers: rows of other engines, as in peer.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    others = json.loads(peers.read_text())["rows"] if peers is not None and peers.exists() else []
+    others = _others(results, peers)
     makers = {
         "One stream against the bandwidth floor": ("floor", lambda: _floor(results, others)),
         "Tokens a second against streams": ("streams", lambda: panels.streams(results, others)),
@@ -44,6 +44,15 @@ def draw(results: Results, directory: Path, peers: Path | None) -> dict[str, Pat
             plt.close(figure)
             found[title] = file
     return found
+
+
+def _others(results: Results, peers: Path | None) -> Sequence[Row]:
+    """None of another card than the report's, beside whose floors they do not belong."""
+    if peers is None or not peers.exists():
+        return []
+    found = json.loads(peers.read_text())
+    rows: list[Row] = found["rows"]
+    return rows if floors.card_of(results).name in found["machine"]["gpu"] else []
 
 
 @dataclass(frozen=True)

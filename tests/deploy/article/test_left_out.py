@@ -110,7 +110,8 @@ def test_pictures_tell_what_is_missing(tmp_path):
     results.rows = [r for r in results.rows if (r["part"], r.get("path")) != ("decode", "http")]
     peers = tmp_path / "peer.json"
     row = {"engine": "a peer", "kernel": "k_1", "shape": "8b", "bits": 4.125, "prompt_tokens": 128}
-    peers.write_text(json.dumps({"rows": [{**row, "batch": 1, "ttft_ms": 9.0}]}))
+    rows = [{**row, "batch": 1, "ttft_ms": 9.0}]
+    peers.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
     report.write(results, tmp_path, 3.0, peers, Console(quiet=True))
     plots = {f.stem: f.read_text() for f in (tmp_path / "plots").iterdir()}
     assert plots["goodput"].count("<!-- not measured -->") == 6  # three tiers of two shapes

@@ -103,12 +103,13 @@ def test_an_empty_result_has_its_claims(tmp_path):
     assert "## The article's rows" in (tmp_path / "article.md").read_text()
 
 
-def test_peers_stand_in_the_pictures(tmp_path):
+@pytest.mark.parametrize(("gpu", "is_shown"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", False)])
+def test_peers_stand_in_the_pictures_of_their_own_card(tmp_path, gpu, is_shown):
     peers = tmp_path / "peer.json"
     row = {"engine": "a peer", "kernel": "k", "shape": "8b", "bits": 4.125, "batch": 1, "tok_s": 294}
-    peers.write_text(json.dumps({"rows": [row]}))
+    peers.write_text(json.dumps({"machine": {"gpu": gpu}, "rows": [row]}))
     report.write(filled(tmp_path), tmp_path, 3.0, peers, Console(quiet=True))
-    assert "a peer" in (tmp_path / "plots" / "floor.svg").read_text()
+    assert ("a peer" in (tmp_path / "plots" / "floor.svg").read_text()) == is_shown
 
 
 def test_a_part_that_fails_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
