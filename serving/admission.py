@@ -33,20 +33,26 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Error:
-    """Of forecasts: moving mean and mean deviation."""
+    """Of forecasts: moving mean and mean deviation, as they were when last confirmed."""
 
     mean_s: float = 0.0
     deviation_s: float = 0.0
     observed_at: float = 0.0
 
     def observe(self, error_s: float, now: float) -> None:
+        # What was forgotten stays so: a request that came in after a rush would else bring its errors back.
+        memory = self._memory(now)
+        self.mean_s, self.deviation_s = memory * self.mean_s, memory * self.deviation_s
         self.deviation_s += _WEIGHT * (abs(error_s - self.mean_s) - self.deviation_s)
         self.mean_s += _WEIGHT * (error_s - self.mean_s)
         self.observed_at = now
 
     def allowance_s(self, now: float) -> float:
-        memory: float = 0.5 ** ((now - self.observed_at) / _HALF_LIFE_S)
-        return memory * (self.mean_s + _DEVIATIONS * self.deviation_s)
+        return self._memory(now) * (self.mean_s + _DEVIATIONS * self.deviation_s)
+
+    def _memory(self, now: float) -> float:
+        share: float = 0.5 ** ((now - self.observed_at) / _HALF_LIFE_S)
+        return share
 
 
 @dataclass(slots=True)

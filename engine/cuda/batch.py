@@ -150,7 +150,8 @@ class BatchProgram:
             )
             return attended
 
-        self._layers.logits(x, self._config.rms_norm_eps, self._layers.forward(x, attend), logits)
+        pending = self._layers.forward(x, attend, is_prompt=False)
+        self._layers.logits(x, self._config.rms_norm_eps, pending, logits)
         return logits
 
 

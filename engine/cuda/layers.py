@@ -1,9 +1,9 @@
 """The decoder layers as a chain of products and what lies between them, for prompt chunks and large batches.
 
-Up to 256 tokens a product reads the packed weights, its input in float16; beyond, if it may be e4m3, where
-that is faster. Otherwise a matrix is unpacked into one scratch buffer, as large as the largest, right
-before its use, and multiplied by cuBLAS. Sums, residual stream, norms and rotation are float32, outputs of
-products bfloat16.
+Up to 256 tokens a product reads the packed weights, its input in float16. Where that is faster it is e4m3,
+if it may be, for prompts of more than 128 tokens. Otherwise a matrix is unpacked into one scratch buffer, as
+large as the largest, right before its use, and multiplied by cuBLAS. Sums, residual stream, norms and
+rotation are float32, outputs of products bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,10 +42,12 @@ class Matrix:
     units: tuple[float, ...] | None
     fp8_units: tuple[float, ...] | None
 
-    def form(self, num_tokens: int) -> Form:
-        """Of its input."""
+    def form(self, num_tokens: int, *, is_prompt: bool) -> Form:
+        """Of its input. is_prompt: of prompts alone, whose values may be rounded to e4m3."""
         if self.units is not None and num_tokens <= DIRECT_TOKENS:
-            return "tiled"
+            n, k = self.weight.n, self.weight.k
+            is_fp8 = is_prompt and self.fp8_units is not None and prompt_fp8.beats_float16(num_tokens, n, k)
+            return "tiled_fp8" if is_fp8 else "tiled"
         if self.fp8_units is None:
             return "bf16"
         is_direct = self.units is not None and prompt_fp8.is_faster(num_tokens, self.weight.n, self.weight.k)
@@ -98,27 +100,34 @@ class Layers:
         own = (m for layer in self._layers for m in layer.matrices)
         return self.head.units is not None and all(m.units is not None for m in own)
 
-    def forward(self, x: Tensor, attend: Callable[[Product, Layer, Form], Activations]) -> Pending:
+    def forward(
+        self, x: Tensor, attend: Callable[[Product, Layer, Form], Activations], *, is_prompt: bool
+    ) -> Pending:
         """Through all layers; x float32 [T, hidden] is the residual stream, but for what is returned.
 
         attend: from the qkv product to the output projection's input, in that form.
+        is_prompt: no token is a decode's.
         """
-        ops, num_tokens = self.ops, len(x)
+        ops = self.ops
+
+        def form_of(matrix: Matrix) -> Form:
+            return matrix.form(len(x), is_prompt=is_prompt)
+
         pending: Pending | tuple[()] = ()
         for layer in self._layers:
             a, f = layer.attention, layer.ffn
-            normed = ops.normalize(x, a.norm, a.eps, layer.qkv.form(num_tokens), *pending)
-            attended = attend(self.multiply(normed, layer.qkv), layer, layer.o.form(num_tokens))
+            normed = ops.normalize(x, a.norm, a.eps, form_of(layer.qkv), *pending)
+            attended = attend(self.multiply(normed, layer.qkv), layer, form_of(layer.o))
             out = self.multiply(attended, layer.o)
-            form = layer.gate_up.form(num_tokens)
+            form = form_of(layer.gate_up)
             normed = ops.normalize(x, f.norm, f.eps, form, out, a.o_bias, a.post_norm)
-            if form == "tiled" == layer.down.form(num_tokens) and layer.gated is not None:
+            if form == "tiled" == form_of(layer.down) and layer.gated is not None:
                 matrix = layer.gate_up
                 assert matrix.units is not None
                 gated = prompt.multiply_gated(matrix.weight, matrix.units, normed, f.activation, layer.gated)
             else:
                 both = self.multiply(normed, layer.gate_up)
-                gated = ops.gate(both, f.gate_up_bias, f.activation, layer.down.form(num_tokens))
+                gated = ops.gate(both, f.gate_up_bias, f.activation, form_of(layer.down))
             pending = self.multiply(gated, layer.down), f.down_bias, f.post_norm
         assert pending
         return pending
@@ -149,7 +158,9 @@ class Layers:
 
     def logits(self, x: Tensor, eps: float, pending: Pending, out: Tensor) -> None:
         """out float32 [T, vocab] of the residual stream of at most DIRECT_TOKENS tokens."""
-        normed = self.ops.normalize(x, self.weights.final_norm, eps, self.head.form(len(x)), *pending)
+        normed = self.ops.normalize(
+            x, self.weights.final_norm, eps, self.head.form(len(x), is_prompt=False), *pending
+        )
         if self.head.units is None:
             dense = tables.dequantize(self.head.weight, out=self._scratch.view(torch.bfloat16))
             torch.mm(normed.values.float(), dense.float().T, out=out)

@@ -15,6 +15,7 @@ from kernels.prefill import Activations, Form, Product, Tokens
 
 _GRAPH_TOKENS = 1024  # at most; beyond, the launches hide behind the products
 _GRAPH_TILES = 8  # beside those that are full
+_WARM_TOKENS = 2048  # up to so many, no request waits for a library to load its kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +82,39 @@ class Prefill:
         if first_ids is not None:
             step.ints[: len(first_ids)].copy_(first_ids)
         if step.graph is None:
-            self._compute(step)
+            self._compute(step, is_prompt=first_ids is None)
         else:
             step.graph.replay()
         return step.x[:num_tokens]
 
-    def warm_up(self) -> None:
-        """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed."""
+    def warm_up(self, longest: int) -> None:
+        """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed.
+
+        longest: tokens of the longest chunk there will be.
+        """
         if self._device.type != "cuda":
             return
+        for padded in range(_padded(self._graph_tokens + 1), min(longest, _WARM_TOKENS) + 1, 128):
+            self._compute(self._empty(padded, 0, None), is_prompt=True)
         sizes = sorted({_padded(n) for n in range(1, self._graph_tokens + 1)}, reverse=True)
         kinds = [(n, False) for n in sizes]
         if self._num_decodes:
             kinds += [(n, True) for n in sizes if n <= DIRECT_TOKENS]
         for padded, has_decodes in kinds:
-            tile, graph = self._tile(padded), torch.cuda.CUDAGraph()
-            num_tiles = padded // tile + _GRAPH_TILES + (self._num_decodes if has_decodes else 0)
-            step = self._make(padded, num_tiles, tile, graph)
-            step.ints.copy_(upload(_lay_out((), padded, len(step.tokens.tiles), tile), self._device))
-            self._compute(step)  # compiles and loads what it needs
+            graph = torch.cuda.CUDAGraph()
+            step = self._empty(padded, _GRAPH_TILES + (self._num_decodes if has_decodes else 0), graph)
+            self._compute(step, is_prompt=not has_decodes)  # compiles and loads what it needs
             stream = torch.cuda.current_stream()
             with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                self._compute(step)
+                self._compute(step, is_prompt=not has_decodes)
             self._graphs[padded, has_decodes] = step
+
+    def _empty(self, padded: int, more_tiles: int, graph: torch.cuda.CUDAGraph | None) -> _Step:
+        """All of it padding."""
+        tile = self._tile(padded)
+        step = self._make(padded, padded // tile + more_tiles, tile, graph)
+        step.ints.copy_(upload(_lay_out((), padded, len(step.tokens.tiles), tile), self._device))
+        return step
 
     def _tile(self, padded: int) -> int:
         """Queries of a program of the attention: fewer where there would be few programs."""
@@ -119,7 +130,7 @@ class Prefill:
         tiles = ints[3 * padded :].view(num_tiles, 4)
         return _Step(ints, x, Tokens(positions, rows, self._block_table, tiles, tile), graph)
 
-    def _compute(self, step: _Step) -> None:
+    def _compute(self, step: _Step, *, is_prompt: bool) -> None:
         """The residual stream of the step's tokens."""
         x, ops = step.x, self._layers.ops
         tables.embed(step.ints[: len(x)], self._layers.weights.embedding, x, self._config.embedding_scale)
@@ -130,7 +141,8 @@ class Prefill:
             quantized: Activations = ops.quantize(attended, form)
             return quantized
 
-        ops.add(x, *self._layers.forward(x, attend), self._config.rms_norm_eps)
+        pending = self._layers.forward(x, attend, is_prompt=is_prompt)
+        ops.add(x, *pending, self._config.rms_norm_eps)
 
 
 def _padded(num_tokens: int) -> int:

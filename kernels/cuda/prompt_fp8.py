@@ -18,6 +18,8 @@ _ROWS = 256  # of a cluster of two blocks
 _COLUMN_US, _UNPACKING_TOKENS = 1.68e-5, 166  # a token and column of K
 _CUBLAS_TFLOPS, _UNPACKING_GB_S = 1450, 2800
 _LAUNCH_US = 4.0  # of a round of blocks, or of unpacking and cuBLAS
+# Of `prompt`, by which more than so many tokens take as long as twice as many.
+_FLOAT16_TOKENS, _FLOAT16_COLUMN_US = 128, 8.3e-7  # a row and column of the matrix
 
 
 def multiply(weight: DeviceWeight, units: tuple[float, ...], x: Activations) -> Product:
@@ -60,6 +62,13 @@ def plan(num_tokens: int, n: int, k: int) -> tuple[int, float]:
 
     tile = min(_TILES, key=duration_us)
     return tile, duration_us(tile)
+
+
+@functools.cache
+def beats_float16(num_tokens: int, n: int, k: int) -> bool:
+    """Whether e4m3 is faster than `prompt.multiply`, for up to 256 tokens."""
+    float16_us = n * k * _FLOAT16_COLUMN_US + _LAUNCH_US
+    return num_tokens > _FLOAT16_TOKENS and plan(num_tokens, n, k)[1] < float16_us
 
 
 @functools.cache

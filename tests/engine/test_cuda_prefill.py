@@ -9,6 +9,7 @@ from engine.cuda.layers import Layers
 from engine.cuda.prefill import Chunk, Prefill
 from engine.cuda.random_model import RandomModel
 from engine.models.config import ModelConfig, RopeConfig
+from kernels.cuda import prompt_fp8
 from kernels.cuda.program import BLOCK_TOKENS
 from kernels.kv_cache import allocate
 
@@ -67,9 +68,10 @@ def test_a_graph_computes_what_single_launches_do(weights, precision, kv_format)
     stream = torch.cuda.Stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
         captured.forward([Chunk(0, 0, prompt(40))])
-        captured.warm_up()
+        captured.warm_up(2048)
         for chunks in (
             [Chunk(1, 0, prompt(17))],
+            [Chunk(0, 0, prompt(200, 3))],
             [Chunk(2, 0, prompt(300)), Chunk(3, 0, prompt(33, 1))],
             [Chunk(1, 17, prompt(500, 2))],
         ):
@@ -96,6 +98,14 @@ def test_e4m3_is_near_bfloat16(weights):
     ids = prompt(700)
     fp8, bf16 = (run(make(weights, p), Chunk(0, 0, ids)) for p in ("fp8", "bf16"))
     assert 1e-4 < error(fp8, bf16) < 0.1  # 3.6% a product
+
+
+def test_short_prompts_are_e4m3_where_that_is_faster(weights, monkeypatch):
+    ids = prompt(200)
+    exact = run(make(weights, "fp8"), Chunk(0, 0, ids))
+    monkeypatch.setattr(prompt_fp8, "beats_float16", lambda *sizes: True)
+    assert 1e-4 < error(run(make(weights, "fp8"), Chunk(0, 0, ids)), exact) < 0.1
+    assert torch.equal(run(make(weights), Chunk(0, 0, ids)), exact)  # bfloat16 was asked for
 
 
 def test_an_e4m3_cache_is_near_a_bfloat16_one(weights):

@@ -159,6 +159,21 @@ async def test_forecasts_learn_from_their_errors():
     admission.check_deadline(service("voice", 110.11), 120)
 
 
+async def test_errors_that_were_forgotten_do_not_come_back_with_the_next_request():
+    """After a rush of late first tokens, one request a while that is in time must let the others in."""
+    admission = make_admission()
+    admission.prompts_s = a_thousand_tokens_a_second
+    for wait_s, pause_s in [(0.4, 0.0)] * 10 + [(0.01, 8.0)]:
+        gate = asyncio.Event()
+        admission.clock.now += pause_s
+        stream, task = await _start(admission, gate, "voice", 10)
+        admission.clock.now += wait_s
+        gate.set()
+        await task
+        await stream.aclose()
+    admission.check_deadline(service("voice", admission.clock.now), 10)
+
+
 async def test_the_errors_of_those_who_wait_for_a_place_are_not_those_of_who_takes_one():
     admission = make_admission()
     admission.prompts_s = a_thousand_tokens_a_second

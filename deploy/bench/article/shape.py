@@ -293,5 +293,7 @@ class Shape:
             limit_s = self._left(self._plan.part_s)
             try:
                 asyncio.run(collect(limit_s))
-            except TimeoutError:
+            except TimeoutError as error:
+                if str(error):  # a part that was not begun says why
+                    raise
                 raise TimeoutError(f"stopped after {limit_s:.0f} s") from None
