@@ -260,15 +260,16 @@ class Shape:
         return next((r["itl_ms"] for r in rows if r["streams"] == 1), 0.0)
 
     def _rate(self, kind: Workload) -> float:
-        """Of goodput's first step, requests a second: a quarter of what prompts and tokens at their best
-        rates would allow. From there it mostly rises: a server in trouble may refuse for a while after it.
+        """Of goodput's first step, requests a second: a quarter of what prompts alone and tokens at their best
+        rate would allow. From there it mostly rises: a server in trouble may refuse for a while after it.
         """
         name = self._subject.name
-        first = max(self._results.of("ttft", name, "http"), key=lambda r: r["prompt_tokens"], default=None)
+        timed = sorted(self._results.of("ttft", name, "http"), key=lambda r: r["prompt_tokens"])
         best = max((r["tok_s"] for r in self._results.of("decode", name, "http")), default=None)
-        if first is None or best is None:
+        if not timed or best is None:
             return 1.0
-        prompt_s = first["ttft_ms"] / 1e3 * kind.prompt_tokens / first["prompt_tokens"]
+        like = next((r for r in timed if r["prompt_tokens"] >= kind.prompt_tokens), timed[-1])
+        prompt_s = like["ttft_ms"] / 1e3 * max(1.0, kind.prompt_tokens / like["prompt_tokens"])
         return 0.25 / (prompt_s + kind.output_tokens / best)
 
     def _check_alone(self, deadline: Deadline) -> None:
