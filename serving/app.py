@@ -49,11 +49,13 @@ def create_app(
         redoc_url=None,
     )
     install_error_handlers(app)
+    for router in (chat_router, completions_router):  # first: routes are looked up one after the other
+        app.include_router(router(state, _RESPONSES))
     for anthropic_router in (messages_router, anthropic_models_router):
         app.include_router(anthropic_router(state))
-    for router in (chat_router, completions_router, embeddings_router, tokens_router, operations_router):
-        app.include_router(router(state, _RESPONSES))
     app.include_router(responses_router(state, _RESPONSES, response_peers))
+    for router in (embeddings_router, tokens_router, operations_router):
+        app.include_router(router(state, _RESPONSES))
     if state.gate is not None:
         app.include_router(usage_router(state.gate, _RESPONSES))
     if state.settings.status_page:

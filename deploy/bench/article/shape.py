@@ -260,8 +260,8 @@ class Shape:
         return next((r["itl_ms"] for r in rows if r["streams"] == 1), 0.0)
 
     def _rate(self, kind: Workload) -> float:
-        """Of goodput's first step, requests a second: a quarter of what prompts alone and tokens at their best
-        rate would allow. From there it mostly rises: a server in trouble may refuse for a while after it.
+        """Of goodput's first step, requests a second: a quarter of what prompts alone and tokens at
+        their best rate would allow. From there it mostly rises: a server in trouble may refuse for a while.
         """
         name = self._subject.name
         timed = sorted(self._results.of("ttft", name, "http"), key=lambda r: r["prompt_tokens"])
