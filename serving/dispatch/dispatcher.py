@@ -12,6 +12,7 @@ from serving.dispatch.headers import (
     REPLY_TO,
     ROUTE,
     SIZE,
+    WATCHED,
     describe,
     write_prefixes,
     write_size,
@@ -94,7 +95,7 @@ class Dispatcher:
         route = describe(self.router.policy.name, decision)
         own_tokens = max(1, request.prompt_tokens - decision.saved_tokens)
         size = write_size(own_tokens, decision.expected_output_tokens, request.priority)
-        headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size}
+        headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size, WATCHED: "?1"}
         if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
             headers[PREFIXES] = prefixes
         self.recorder.record_decision(self.router.policy.name, decision.reason, self.clock() - start_s)

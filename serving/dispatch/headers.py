@@ -22,6 +22,8 @@ REFUSE = "x-serve-router-refuse"
 """Instead of these: no replica may take the request; seconds after which to try again."""
 DECIDED = "x-serve-router-decided"
 """Where traces are made: when the router began to decide, and for how long, in ns: since 1970/duration."""
+WATCHED = "x-request-disconnect-disabled"
+"""Ray Serve's: the app itself ends what its client has left, and needs no task beside it that looks."""
 PEREGRINE_ROUTE = "x-peregrine-route"
 """On the response: the choice, and predicted against actual."""
 
