@@ -41,10 +41,13 @@ class StartError(Exception):
 
 
 @contextlib.contextmanager
-def running_cluster(config: PeregrineConfig, log_to: TextIO | None = None) -> Iterator[str]:
+def running_cluster(
+    config: PeregrineConfig, log_to: TextIO | None = None, *, factory: "EngineFactory | None" = None
+) -> Iterator[str]:
     """Start everything, yield the base URL when all replicas are warm, and shut down at the end.
 
     log_to: gets the log lines of all processes; None: warnings alone, the way that Ray prints them.
+    factory: as in `deploy`.
 
     Raises:
         StartError: the port is in use, resources are short, or a replica failed; nothing is left running.
@@ -65,7 +68,7 @@ def running_cluster(config: PeregrineConfig, log_to: TextIO | None = None) -> It
     if num_gpus == 0:
         _check_memory(engine, model, cluster.max_replicas)
 
-    with started(dataclasses.replace(config, engine=engine), num_gpus, log_to=log_to) as url:
+    with started(dataclasses.replace(config, engine=engine), num_gpus, factory, log_to) as url:
         yield url
 
 

@@ -1,31 +1,29 @@
-"""What the serving path adds, its router included: the bare engine and Ray Serve, same requests, in turn.
+"""What serving adds, a router included: a replica's engine asked in its own process and over HTTP, in turn.
 
 Open loop: requests arrive by a clock, whatever became of earlier ones, and latency counts from the moment
-a request was due. Both paths get the same arrival times and prompts.
+a request was due. Both paths get the same arrival times and prompts of the same length.
 """
 
 import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from tqdm import tqdm
 
+from deploy.bench.bare_engine import ask, start_asked
 from deploy.bench.client import Timeline, complete
 from deploy.bench.report import percentile
 from deploy.cluster import running_cluster
 from deploy.config import PeregrineConfig
-from deploy.models import resolve_model
-from engine import EngineConfig, SamplingParams
-from engine.async_engine import AsyncEngine
-from engine.model_runner import resolve_device
+from deploy.ray_environment import free_port
 
 OUTPUT_TOKENS = 64
 _REQUEST_TIMEOUT_S = 300
-_GPU_KV_BYTES = 20 * 2**30
 _WORDS = ("river", "stone", "light", "winter", "garden", "letter", "market", "engine", "silver", "bridge")
 
 
@@ -38,44 +36,28 @@ def run(
 ) -> list[dict[str, Any]]:
     """Rows of serve.json, for paths `engine` and `serve`."""
     name = config.engine.served_model_name or Path(config.engine.model).name.removesuffix(".gguf")
-    engine = dataclasses.replace(_beside_another(config.engine), served_model_name=name)
+    engine = dataclasses.replace(config.engine, served_model_name=name)
     policy = "latency" if config.routing.policy == "auto" else config.routing.policy
     routing = config.routing.model_copy(update={"policy": policy})  # also before a single replica
-    config = dataclasses.replace(config, engine=engine, routing=routing)
-    with running_cluster(config) as url:
-        return asyncio.run(_run(config, url, concurrencies, num_requests, rounds))
-
-
-def _beside_another(engine: EngineConfig) -> EngineConfig:
-    """With a KV cache that leaves room: two engines share the GPU, of which the first would take all."""
-    if engine.kv_cache_bytes is not None or resolve_device(engine).type == "cpu":
-        return engine
-    return dataclasses.replace(engine, kv_cache_bytes=_GPU_KV_BYTES)
+    config, port = dataclasses.replace(config, engine=engine, routing=routing), free_port()
+    with running_cluster(config, factory=partial(start_asked, port=port)) as url:
+        return asyncio.run(_run(name, url, port, concurrencies, num_requests, rounds))
 
 
 async def _run(
-    config: PeregrineConfig, url: str, concurrencies: list[int], num_requests: int, rounds: int
+    name: str, url: str, port: int, concurrencies: list[int], num_requests: int, rounds: int
 ) -> list[dict[str, Any]]:
-    name = config.engine.served_model_name
-    assert name is not None, "run has given it one"
-    bare = dataclasses.replace(config.engine, model=str(resolve_model(config.engine.model)))
-    engine = await AsyncEngine.start(bare)
     timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
     rows = []
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            paths: dict[str, Send] = {
-                "engine": lambda prompt, timeline: _send_to_engine(engine, prompt, timeline),
-                "serve": lambda prompt, timeline: complete(
-                    session, url, name, prompt, OUTPUT_TOKENS, timeline
-                ),
-            }
-            for send in paths.values():
-                await _drive(send, [_prompt(-1)], 0.0)
-            for concurrency in concurrencies:
-                rows += await _compare(paths, concurrency, num_requests, rounds)
-    finally:
-        await engine.shutdown()
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        paths: dict[str, Send] = {
+            "engine": lambda prompt, timeline: ask(port, prompt, OUTPUT_TOKENS, timeline),
+            "serve": lambda prompt, timeline: complete(session, url, name, prompt, OUTPUT_TOKENS, timeline),
+        }
+        for send in paths.values():
+            await _drive(send, [_prompt(-1)], 0.0)
+        for concurrency in concurrencies:
+            rows += await _compare(paths, concurrency, num_requests, rounds)
     return rows
 
 
@@ -91,9 +73,10 @@ async def _compare(
     spans = dict.fromkeys(paths, 0.0)
     progress = tqdm(total=rounds * len(paths), desc=f"concurrency {concurrency}", unit="round")
     for number in range(rounds):
-        first = concurrency * 100_000 + number * num_requests  # no prompt comes twice: no prefix hits
-        prompts = [_prompt(first + i) for i in range(num_requests)]
-        for path, send in paths.items():
+        first = concurrency * 100_000 + number * num_requests * len(paths)
+        for place, (path, send) in enumerate(paths.items()):
+            # No prompt comes twice, not even by another path: no prefix hits.
+            prompts = [_prompt(first + i * len(paths) + place) for i in range(num_requests)]
             begin = time.perf_counter()
             timelines[path] += await _drive(send, prompts, interval)
             spans[path] += time.perf_counter() - begin
@@ -131,15 +114,6 @@ async def _drive(send: Send, prompts: list[str], interval: float) -> list[Timeli
 
     jobs: list[Awaitable[Timeline]] = [one(i, p) for i, p in enumerate(prompts)]
     return list(await asyncio.gather(*jobs))
-
-
-async def _send_to_engine(engine: AsyncEngine, prompt: str, timeline: Timeline) -> None:
-    token_ids = await engine.tokenize(prompt)
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    async for output in engine.generate(token_ids, params, request_id=f"bench-{time.perf_counter_ns()}"):
-        if output.text or output.finish_reason:
-            timeline.arrivals.append(time.perf_counter())
-            timeline.num_tokens = output.num_output_tokens
 
 
 def _prompt(seed: int) -> str:
