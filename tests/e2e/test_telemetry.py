@@ -67,7 +67,10 @@ def test_lines_and_spans_of_a_served_request(collector, tmp_path, smollm2):
         "OTEL_EXPORTER_OTLP_COMPRESSION": "gzip",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
+    config = tmp_path / "peregrine.yaml"
+    config.write_text("routing: {policy: latency}")  # a router also before a single replica
     command = [sys.executable, "-m", "deploy.cli", "serve", str(smollm2), "--port", str(port)]
+    command += ["--config", str(config)]
     command += ["--served-model-name", MODEL, "--log-format", "json", "--log-level", "debug"]
     out, err = tmp_path / "out", tmp_path / "err"
     with open(out, "wb") as stdout, open(err, "wb") as stderr:

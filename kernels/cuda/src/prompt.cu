@@ -1,7 +1,7 @@
 // Products of some to some hundred tokens straight from packed weights, on Hopper's tensor cores in float16.
 //
-// A block computes 128 or 256 rows of the matrix for a tile of tokens: 8 or 16 warps unpack a tile of 16 rows each into
-// registers, which are operand A of their warpgroup's products as they lie there (prompt_wgmma.cuh; of up to 16 tokens
+// A block computes 128 or 256 rows of the matrix for a tile of tokens, of up to 16 tokens up to 512: 8 or 16 warps unpack
+// tiles of 16 rows into registers, which are operand A of their warpgroup's products as they lie there (prompt_wgmma.cuh,
 // prompt_narrow.cuh). One warp streams packed units, another one activations through rings in shared memory. So
 // weights are read as packed, once for a tile of tokens, and the first of them before the kernel before has ended
 // (programmatic dependent launch): they depend on nothing.
@@ -298,7 +298,8 @@ extern "C" int peregrine_prompt(const Pieces* pieces, int units, int tokens, int
                  is_gated, activation, out_factor};
   cudaError_t error = cudaErrorInvalidValue;
   if ((splits - 1) * p.units_per_split >= units) return error;
-  const bool fits = tile == 16 ? padded <= 16 && rows >= 128 && rows <= 512 && rows % kTileRows == 0 : rows == 128 || rows == 256;
+  const bool is_narrow = padded <= 16 && rows >= 128 && rows <= 512 && rows % kTileRows == 0;
+  const bool fits = tile == 16 ? is_narrow : rows == 128 || rows == 256;
   if (!fits || (is_gated && (splits > 1 || pieces->count != 2 || rows % 32 != 0))) return error;
   with_format(pieces->segments[0].format, [&](auto f) {
     using F = decltype(f);

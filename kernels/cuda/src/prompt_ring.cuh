@@ -5,7 +5,7 @@
 
 constexpr int kLines = kUnitColumns / 64;  // of activations in a unit
 
-// A ring of stages that one warp fills and kTiles warps empty.
+// A ring of stages that one warp fills and those that compute empty.
 struct Ring {
   uint8_t* data;
   uint64_t *full, *empty;
