@@ -29,9 +29,11 @@ async def start_asked(
 
     start: of another engine than the real one.
     """
-    from serving.replica import start_async_engine
+    if start is None:
+        from serving.replica import start_async_engine
 
-    engine = await (start or start_async_engine)(config)
+        start = start_async_engine
+    engine = await start(config)
     answer = partial(_answer, engine)
     _servers.append(await asyncio.start_server(answer, LOOPBACK, port, limit=MAX_LINE_BYTES))
     return engine

@@ -1,6 +1,7 @@
 """A replica's engine asked beside its HTTP door."""
 
 import asyncio
+import pickle
 from functools import partial
 
 from deploy.bench.bare_engine import ask, start_asked
@@ -26,6 +27,4 @@ async def test_the_engine_answers_with_the_times_of_its_tokens():
 
 
 def test_the_factory_goes_to_another_process():
-    from ray import cloudpickle
-
-    assert callable(cloudpickle.loads(cloudpickle.dumps(partial(start_asked, port=1))))
+    assert callable(pickle.loads(pickle.dumps(partial(start_asked, port=1))))
