@@ -59,6 +59,6 @@ async def _valid(request: Request, model: type[BaseModel]) -> BaseModel | None:
     if request.headers.get("content-type") not in _JSON:
         return None
     try:
-        return model.model_validate(from_json(await request.body(), allow_inf_nan=False))
-    except ValueError:  # a ValidationError is one
+        return model.model_validate(await request.json())
+    except ValueError:  # also of JSON, or of the model
         return None

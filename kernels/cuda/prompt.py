@@ -141,12 +141,13 @@ def plan(num_tokens: int, n: int, num_units: int, unit_bytes: int, *, is_gated: 
     """
     tile = next((t for t in _TILES if num_tokens <= t), _TILES[-1])
     most = 1 if is_gated else max(1, min(MAX_SPLITS, num_units // _MIN_UNITS))
-    tiles, slots = -(-num_tokens // tile), num_blocks() * (2 if tile <= _PAIRED_TOKENS else 1)
+    tiles, processors = -(-num_tokens // tile), num_blocks()
+    slots = processors * (2 if tile <= _PAIRED_TOKENS else 1)
     is_wide = tile > _PAIRED_TOKENS and tiles * -(-n // 256) >= _MIN_WIDE_BLOCKS
     rows = 256 if is_wide else 128
     splits = min(most, max(1, slots // (tiles * -(-n // rows))))
     step = 2 * TILE_ROWS if is_gated else TILE_ROWS
-    share = -(-n // (num_blocks() * step)) * step
+    share = -(-n // (processors * step)) * step
     if tile == _TILES[0] and share in _BALANCED_ROWS and share // TILE_ROWS * unit_bytes <= _BALANCED_BYTES:
         return Cut(tile, share, 1)
     return Cut(tile, rows, -(-num_units // -(-num_units // splits)))  # as even as they can be
