@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from deploy.bench import report
-from deploy.bench.client import Timeline, complete
+from deploy.bench.client import Streams, Timeline
 from deploy.bench.peer_folder import WEIGHTS, write_folder
 from engine.models.shapes import SHAPES
 
@@ -55,8 +55,8 @@ class Cases:
 class Client:
     """Sends prompts of random token ids, none of them twice."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str) -> None:
-        self._session, self._url, self._model = session, url.rstrip("/").removesuffix("/v1"), model
+    def __init__(self, streams: Streams, url: str, model: str) -> None:
+        self._streams, self._url, self._model = streams, url.rstrip("/").removesuffix("/v1"), model
         self._random = random.Random(time.time_ns())  # a server that runs on may have cached an earlier run's
 
     async def batch(self, size: int, num_prompt: int, num_output: int) -> list[Timeline]:
@@ -67,7 +67,7 @@ class Client:
         prompts = [self._random.choices(_TOKEN_IDS, k=num_prompt) for _ in range(size)]
         timelines = [Timeline(time.perf_counter()) for _ in prompts]
         jobs = (
-            complete(self._session, self._url, self._model, p, num_output, t)
+            self._streams.complete(self._url, self._model, p, num_output, t)
             for p, t in zip(prompts, timelines, strict=True)
         )
         await asyncio.gather(*jobs)
@@ -106,10 +106,8 @@ def together(timelines: Sequence[Timeline]) -> dict[str, float]:
 
 async def measure(url: str, model: str | None, server: str, cases: Cases) -> list[dict[str, Any]]:
     """Rows like those of engine.json, of one server; each case once to warm up, then the rounds."""
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        client = Client(session, url, model or await _first_model(session, url))
+    async with Streams(_TIMEOUT_S) as streams:
+        client = Client(streams, url, model or await _first_model(url))
         rows: list[dict[str, Any]] = []
 
         def add(batch: int, num_prompt: int, figures: Mapping[str, float]) -> None:
@@ -131,8 +129,9 @@ async def measure(url: str, model: str | None, server: str, cases: Cases) -> lis
     return rows
 
 
-async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
-    async with session.get(f"{url.rstrip('/').removesuffix('/v1')}/v1/models") as response:
+async def _first_model(url: str) -> str:
+    models = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    async with aiohttp.ClientSession() as session, session.get(models) as response:
         response.raise_for_status()
         return str((await response.json())["data"][0]["id"])
 

@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from tqdm import tqdm
 
 from deploy.bench.bare_engine import ask, start_asked
-from deploy.bench.client import Timeline, complete
+from deploy.bench.client import Streams, Timeline
 from deploy.bench.report import percentile
 from deploy.cluster import running_cluster
 from deploy.config import PeregrineConfig
@@ -47,12 +46,11 @@ def run(
 async def _run(
     name: str, url: str, port: int, concurrencies: list[int], num_requests: int, rounds: int
 ) -> list[dict[str, Any]]:
-    timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
     rows = []
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with Streams(_REQUEST_TIMEOUT_S) as streams:
         paths: dict[str, Send] = {
             "engine": lambda prompt, timeline: ask(port, prompt, OUTPUT_TOKENS, timeline),
-            "serve": lambda prompt, timeline: complete(session, url, name, prompt, OUTPUT_TOKENS, timeline),
+            "serve": lambda prompt, timeline: streams.complete(url, name, prompt, OUTPUT_TOKENS, timeline),
         }
         for send in paths.values():
             await _drive(send, [_prompt(-1)], 0.0)

@@ -11,11 +11,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
-
 from deploy.bench import report
 from deploy.bench.article.workloads import Deadline
-from deploy.bench.client import RefusedError, Timeline, complete
+from deploy.bench.client import RefusedError, Streams, Timeline
 from serving.tiers import SLO_HEADER
 
 Row = dict[str, Any]
@@ -100,21 +98,19 @@ def arrivals(rate: float, seconds: float, seed: int = 0) -> list[float]:
 
 
 async def measure(
-    session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rates: Rates
+    streams: Streams, url: str, model: str, deadline: Deadline, rates: Rates
 ) -> AsyncIterator[Row]:
     """A row for each rate tried, until one that keeps the promise has a neighbour that does not."""
     tried: dict[int, bool] = {}
     while (place := rates.after(tried)) is not None:
         if place < 0:
             await asyncio.sleep(_RECOVERY_S)
-        row = await _at(session, url, model, deadline, rates, rates.rate(place))
+        row = await _at(streams, url, model, deadline, rates, rates.rate(place))
         yield row
         tried[place] = row["share_good"] >= GOOD_SHARE
 
 
-async def _at(
-    session: aiohttp.ClientSession, url: str, model: str, deadline: Deadline, rates: Rates, rate: float
-) -> Row:
+async def _at(streams: Streams, url: str, model: str, deadline: Deadline, rates: Rates, rate: float) -> Row:
     seconds = rates.seconds
     outcome, due_times = Outcome(), arrivals(rate, seconds)
     generator = random.Random(time.time_ns())  # prompts that no earlier run has left in a cache
@@ -129,8 +125,7 @@ async def _at(
         timeline = Timeline(start + due)
         await asyncio.sleep(max(0.0, timeline.due - time.perf_counter()))
         try:
-            await complete(
-                session,
+            await streams.complete(
                 url,
                 model,
                 prompt,
@@ -141,7 +136,7 @@ async def _at(
             )
         except RefusedError:
             outcome.num_refused += 1
-        except (RuntimeError, aiohttp.ClientError, TimeoutError):
+        except (RuntimeError, OSError):
             outcome.num_failed += 1
         else:
             outcome.first_token_s.append(timeline.ttft)

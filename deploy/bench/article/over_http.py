@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from statistics import median
 from typing import Any
 
-import aiohttp
-
 from deploy.bench import report
 from deploy.bench.article.gpu_meter import GpuMeter
 from deploy.bench.article.plan import FIRST_TOKENS, Rounds
@@ -20,14 +18,7 @@ Row = dict[str, Any]
 PROMPT = 128  # tokens before decoding is timed
 _WARM = 8
 _SATURATED = 1.03  # more streams that bring no more than this have brought the last of it
-_REQUEST_S = 300.0
-
-
-def session() -> aiohttp.ClientSession:
-    """Without a limit of its own on connections, which would wait where the server is to be measured."""
-    return aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=_REQUEST_S), connector=aiohttp.TCPConnector(limit=0)
-    )
+REQUEST_TIMEOUT_S = 300.0
 
 
 async def first_tokens(

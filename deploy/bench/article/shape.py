@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
-import aiohttp
 import yaml
 
 from deploy.bench.article import (
@@ -28,6 +27,7 @@ from deploy.bench.article.results import Results, Row
 from deploy.bench.article.shared_cluster import SharedCluster
 from deploy.bench.article.subjects import Subject, engine_settings, prepare
 from deploy.bench.article.workloads import WORKLOADS, Deadline, Workload
+from deploy.bench.client import Streams
 from deploy.bench.peers import Client
 
 _MAX_INFLIGHT = 2048  # of the server: every stream of a batch is admitted
@@ -39,7 +39,7 @@ _DRAFTS_S = 60.0  # of a shape's budget: a second server, and the CPU
 _LEAST_S = 5.0  # a part that has less left is not begun
 _GATE_S = 60.0
 _POLL_S = 0.05
-Make = Callable[[aiohttp.ClientSession], AsyncIterator[Row]]
+Make = Callable[[Streams], AsyncIterator[Row]]
 
 
 class Shape:
@@ -219,8 +219,8 @@ class Shape:
             self._add("server", row, "http")
             plan, name = self._plan, self._subject.name
 
-            def client(session: aiohttp.ClientSession) -> Client:
-                return Client(session, url, name)
+            def client(streams: Streams) -> Client:
+                return Client(streams, url, name)
 
             rounds = Rounds(plan.rounds, plan.rounds_s)
             self._http("ttft", lambda s: over_http.first_tokens(client(s), plan.prompts))
@@ -286,8 +286,8 @@ class Shape:
 
     def _http(self, part: str, make: Make) -> None:
         async def collect(limit_s: float) -> None:
-            async with over_http.session() as session, asyncio.timeout(limit_s):
-                async for row in make(session):
+            async with Streams(over_http.REQUEST_TIMEOUT_S) as streams, asyncio.timeout(limit_s):
+                async for row in make(streams):
                     self._add(part, row, "http")
 
         with self._part(part, "http", keeps=True):

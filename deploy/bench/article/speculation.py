@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from deploy.bench.client import Timeline, complete
+from deploy.bench.client import Streams, Timeline
 
 Row = dict[str, Any]
 _SOURCES: tuple[Callable[..., Any], ...] = (
@@ -53,7 +53,7 @@ def _chat(question: str) -> str:
 
 
 async def measure(
-    session: aiohttp.ClientSession, url: str, model: str, speculative_tokens: int, rounds: int
+    streams: Streams, url: str, model: str, speculative_tokens: int, rounds: int
 ) -> AsyncIterator[Row]:
     """A row for each kind, one stream at a time, on a server that drafts so many tokens at most.
 
@@ -61,12 +61,12 @@ async def measure(
     """
     for kind in KINDS:
         for prompt in prompts(kind):  # not counted: warms up, and leaves nothing (no prefix cache)
-            await _send(session, url, model, prompt)
-        before = await _stats(session, url)
+            await _send(streams, url, model, prompt)
+        before = await _stats(url)
         begin = time.perf_counter()
-        timelines = [await _send(session, url, model, p) for _ in range(rounds) for p in prompts(kind)]
+        timelines = [await _send(streams, url, model, p) for _ in range(rounds) for p in prompts(kind)]
         seconds = time.perf_counter() - begin
-        after = await _stats(session, url)
+        after = await _stats(url)
         drafted = after["total_draft_tokens"] - before["total_draft_tokens"]
         accepted = after["total_accepted_tokens"] - before["total_accepted_tokens"]
         yield {
@@ -81,14 +81,14 @@ async def measure(
         }
 
 
-async def _send(session: aiohttp.ClientSession, url: str, model: str, prompt: str) -> Timeline:
+async def _send(streams: Streams, url: str, model: str, prompt: str) -> Timeline:
     timeline = Timeline(time.perf_counter())
-    await complete(session, url, model, prompt, _MAX_TOKENS, timeline, fields={"ignore_eos": False})
+    await streams.complete(url, model, prompt, _MAX_TOKENS, timeline, fields={"ignore_eos": False})
     return timeline
 
 
-async def _stats(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
-    async with session.get(f"{url}/stats") as response:
+async def _stats(url: str) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/stats") as response:
         response.raise_for_status()
         found: dict[str, Any] = await response.json()
         return found
