@@ -14,6 +14,7 @@ from serving.api.responses.kept import AskPeers
 from serving.api.responses.routes import responses_router
 from serving.api.tokens import tokens_router
 from serving.base_path import WithoutPrefix
+from serving.direct_routes import DirectRoutes
 from serving.errors import ErrorResponse, install_error_handlers
 from serving.middleware import FrontDoor
 from serving.state import ReplicaState, package_version
@@ -49,17 +50,17 @@ def create_app(
         redoc_url=None,
     )
     install_error_handlers(app)
-    for router in (chat_router, completions_router):  # first: routes are looked up one after the other
-        app.include_router(router(state, _RESPONSES))
-    for anthropic_router in (messages_router, anthropic_models_router):
-        app.include_router(anthropic_router(state))
-    app.include_router(responses_router(state, _RESPONSES, response_peers))
-    for router in (embeddings_router, tokens_router, operations_router):
-        app.include_router(router(state, _RESPONSES))
+    routers = [router(state, _RESPONSES) for router in (chat_router, completions_router)]
+    routers += [messages_router(state), anthropic_models_router(state)]
+    routers.append(responses_router(state, _RESPONSES, response_peers))
+    routers += [router(state, _RESPONSES) for router in (embeddings_router, tokens_router, operations_router)]
+    for router in routers:
+        app.include_router(router)
     if state.gate is not None:
         app.include_router(usage_router(state.gate, _RESPONSES))
     if state.settings.status_page:
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
+    app.add_middleware(DirectRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
     app.add_middleware(WebSocketDoor, state=state)
     app.add_middleware(WithoutPrefix)

@@ -14,7 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,31 @@ class StreamGuard:
             return known
         self._descriptors = {found: descriptor for descriptor, found in _connections()}
         return self._descriptors.get(ends)
+
+
+class Watch:
+    """One stream's time under the guard; each of its ends comes once, further calls do nothing.
+
+    last_words: of the body, asked for when it begins. That may be at any time before the stream's first byte,
+        and is best while the engine computes, for it wakes the guard's process.
+    """
+
+    def __init__(
+        self, guard: StreamGuard | None, scope: Mapping[str, Any], last_words: Callable[[], bytes]
+    ) -> None:
+        self._guard, self._scope, self._last_words = guard, scope, last_words
+        self._key: bytes | None = None
+        self._is_over = False
+
+    def begin(self) -> None:
+        if self._guard is not None and self._key is None and not self._is_over:
+            self._key = self._guard.watch(self._scope, chunked(self._last_words()))
+
+    def end(self) -> None:
+        self._is_over = True
+        if self._guard is not None and self._key is not None:
+            self._guard.release(self._key)
+            self._key = None
 
 
 def chunked(body: bytes) -> bytes:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import ApiError
-from serving.stream_guard import StreamGuard, chunked
+from serving.stream_guard import Watch
 
 T = TypeVar("T")
 
@@ -27,34 +27,30 @@ class SseResponse(Response):
     Starlette's StreamingResponse sends from a task of its own, for which a first chunk that is there already
     would wait. Here that task sends the others, so that a chunk passes none of the frames around the app.
 
-    guard: ends the stream with `last_words` if this process is killed.
+    watch: of this stream; it is over when the stream is.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, chunks: AsyncGenerator[bytes, None], guard: StreamGuard | None, last_words: bytes
-    ) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], watch: Watch | None = None) -> None:
         # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
         self._chunks = chunks
-        self._guard = guard
-        self._last_words = last_words
+        self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = None
-        if self._guard is not None:
-            watch = self._guard.watch(scope, chunked(self._last_words))
         try:
+            if self._watch is not None:
+                self._watch.begin()  # if it has not already
             async with contextlib.aclosing(self._chunks):
                 with contextlib.suppress(ClientGone):
                     await unless_client_leaves(receive, self._send_first(send))
                     await unless_client_leaves(receive, asyncio.create_task(self._send_rest(send)))
         finally:
-            if watch is not None and self._guard is not None:
-                self._guard.release(watch)
+            if self._watch is not None:
+                self._watch.end()
 
     async def _send_first(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -24,6 +24,7 @@ from serving.errors import ApiError, from_engine, overloaded
 from serving.flushing import Flush, flushed
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
+from serving.stream_guard import Watch
 from serving.streaming import ClientGone, SseResponse, unless_client_leaves
 from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation, Operation
 from serving.tenants.visit import Visit
@@ -31,6 +32,8 @@ from serving.tiers import choose_service
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
+# By then the engine computes, which a first byte waits for and this need not.
+_WATCH_AFTER_S = 0.002
 _KILLED = EngineDeadError("the replica's process ended")
 
 
@@ -179,17 +182,21 @@ async def respond(
         presenter = cast(Presenter, presenter)  # of an operation that is streamed
         if job.flush != "token":
             outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
-        last_words = functools.cache(functools.partial(presenter.failure, from_engine(_KILLED)))
-        asyncio.get_running_loop().call_soon(last_words)  # while the engine computes
+        failure = functools.partial(presenter.failure, from_engine(_KILLED))
+        watch = Watch(state.guard, request.scope, failure)
+        asyncio.get_running_loop().call_later(_WATCH_AFTER_S, watch.begin)
         try:
             first = await unless_client_leaves(request.receive, anext(outputs), deadline)
-        except ClientGone:
-            return Response(status_code=CLIENT_GONE)
+        except BaseException as error:
+            watch.end()
+            if isinstance(error, ClientGone):
+                return Response(status_code=CLIENT_GONE)
+            raise
         if flight is not None:
             flight.first_token(time.monotonic())
     # The stream outlives this function: it holds its own place among the requests in flight.
     chunks = _stream(state, outputs, first, presenter, deadline, flight, exchange)
-    return SseResponse(chunks, state.guard, last_words())
+    return SseResponse(chunks, watch)
 
 
 def _began(made: Generation, flight: Flight | None, output: RequestOutput) -> None:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
+from pydantic_core import to_json
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from monitoring import RouterRecorder
 from monitoring.exporter import Exporter, MetricsSettings
@@ -37,7 +37,7 @@ from serving.tiers import Tier
 
 # Of the process that runs a deployment; Serve's default writes a line to a file for every request.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-_TRUNCATED = "x-body-truncated"  # "<bytes sent>/<content length>"
+_TRUNCATED = b"x-body-truncated"  # "<bytes sent>/<content length>"
 _SWEEP_PERIOD_S = 1.0
 _LISTED_TIMEOUT_S = 20.0
 _INTRODUCTION_PERIOD_S = 0.5
@@ -82,8 +82,16 @@ class RequestRouter:
         self._sweeping = asyncio.create_task(self._sweep())
         self._introducing = asyncio.create_task(self._introduce(replicas))
 
-    def __serve_build_asgi_app__(self) -> Starlette:
-        return Starlette(routes=[Route("/internal/route", self._route, methods=["POST"])])
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        rest = Starlette()  # its answers to what HAProxy does not ask, and to the server's start and end
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/internal/route"):
+                await self._route(scope, receive, send)
+            else:
+                await rest(scope, receive, send)
+
+        return app
 
     def reconfigure(self, user_config: dict[str, int]) -> None:
         """Serve calls it at the start and when the wish changes, without a new process."""
@@ -93,17 +101,28 @@ class RequestRouter:
         """The ledger's sums, for tests and for the curious."""
         return self._dispatcher.counters()
 
-    async def _route(self, request: Request) -> Response:
-        body = await request.body()
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, is_whole = b"", False
+        while not is_whole:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # HAProxy is gone
+            body, is_whole = body + message.get("body", b""), not message.get("more_body", False)
         start_ns = time.time_ns() if self._is_traced else 0
-        _, _, full_length = request.headers.get(_TRUNCATED, "").partition("/")
+        truncated = next((value for name, value in scope["headers"] if name == _TRUNCATED), b"")
+        full_length = truncated.rpartition(b"/")[2]
         answer = self._dispatcher.route(body, int(full_length) if full_length.isdigit() else len(body))
         if answer is None:
-            return JSONResponse({"detail": "no replica"}, 503)
+            await JSONResponse({"detail": "no replica"}, 503)(scope, receive, send)
+            return
         if self._is_traced:
             # The replica makes the span: it alone knows the client's trace.
             answer.headers[DECIDED] = write_decided(start_ns, time.time_ns())
-        return JSONResponse({"replica_id": answer.replica_id, "request_headers": answer.headers})
+        told = to_json({"replica_id": answer.replica_id, "request_headers": answer.headers})
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(told))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": told})
+        asyncio.get_running_loop().call_soon(self._dispatcher.record_decisions)  # uvloop writes before
 
     async def _sweep(self) -> None:
         while True:

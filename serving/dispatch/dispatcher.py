@@ -61,6 +61,8 @@ class Dispatcher:
     recorder: RouterRecorder = field(default_factory=RouterRecorder)
     reply_to: str = ""
     new_replica_delay_s: float = 0.0
+    _unrecorded: list[tuple[str, float]] = field(default_factory=list)
+    """Reasons, and how many seconds each decision took."""
     _listed_at_s: dict[str, float] = field(default_factory=dict)
     _hellos: dict[str, Hello] = field(default_factory=dict)
     """Of the replicas that are connected."""
@@ -98,8 +100,14 @@ class Dispatcher:
         headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size, WATCHED: "?1"}
         if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
             headers[PREFIXES] = prefixes
-        self.recorder.record_decision(self.router.policy.name, decision.reason, self.clock() - start_s)
+        self._unrecorded.append((decision.reason, self.clock() - start_s))
         return Answer(decision.replica_id, headers)
+
+    def record_decisions(self) -> None:
+        """Count what `route` decided since the last call: the answer need not wait for that."""
+        for reason, seconds in self._unrecorded:
+            self.recorder.record_decision(self.router.policy.name, reason, seconds)
+        self._unrecorded.clear()
 
     def list_replicas(self, replica_ids: Iterable[str]) -> None:
         """Those that run, as the cluster's controller knows them."""

@@ -33,9 +33,11 @@ from serving.routing.prefix_index import PrefixIndex
 logger = logging.getLogger(__name__)
 
 _REPORT_PERIOD_S = 0.25
-# Events are collected for so long: each message wakes every router, just when a prompt is to go to the engine
-# or a first chunk to the client.
-_COLLECT_S = 0.001
+# Events are collected for so long: each message wakes every router, just when a prompt is computed or a
+# first chunk goes to the client. An end frees a place, of which the next choice is to know; of a beginning
+# the router that chose knows already.
+_COLLECT_S = 0.02
+_COLLECT_ENDS_S = 0.001
 _CONNECT_TIMEOUT_S = 2.0
 # A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
 _MAX_UNSENT_BYTES = 2**20
@@ -107,6 +109,7 @@ class RouterLinks:
         self._open: dict[str, Flight] = {}
         self._held = PrefixIndex(1, _MAX_HELD_BLOCKS)
         self._unsent: list[Message] = []
+        self._flushing: asyncio.TimerHandle | None = None
 
     def connect(self, address: str) -> None:
         """Report to the router at host:port from now on, if that is not so already."""
@@ -146,11 +149,21 @@ class RouterLinks:
             # Only now: the prompt's blocks are there.
             prefixes = self._open[message.flight_id].prefixes
             self._held.add(0, PrefixIndex.with_entries(prefixes))
-        if not self._unsent:
-            asyncio.get_running_loop().call_later(_COLLECT_S, self._flush)
         self._unsent.append(message)
+        self._flush_within(_COLLECT_ENDS_S if isinstance(message, Ended) else _COLLECT_S)
+
+    def _flush_within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._flushing is not None:
+            if self._flushing.when() <= loop.time() + seconds:
+                return
+            self._flushing.cancel()
+        self._flushing = loop.call_later(seconds, self._flush)
 
     def _flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
         if not self._unsent:
             return
         data = b"".join(encode(message) for message in self._unsent)

@@ -84,7 +84,7 @@ async def test_a_first_chunk_that_is_there_goes_out_with_the_head():
         finally:
             closed.append(True)
 
-    answer = SseResponse(chunks(), None, b"")
+    answer = SseResponse(chunks())
     task = asyncio.create_task(answer({"type": "http"}, client.receive, client.send))
     await asyncio.sleep(0)  # one turn of the loop
     assert [m.get("body", m["type"]) for m in client.got] == ["http.response.start", b"data: 1\n\n"]
@@ -102,5 +102,5 @@ async def test_a_stream_that_is_whole_has_an_end():
     async def chunks():
         yield b"data: 1\n\n"
 
-    await SseResponse(chunks(), None, b"")({"type": "http"}, client.receive, client.send)
+    await SseResponse(chunks())({"type": "http"}, client.receive, client.send)
     assert client.got[-1] == {"type": "http.response.body", "body": b"", "more_body": False}

@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "time_slice.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 static inline void cpu_relax() { _mm_pause(); }
@@ -39,6 +41,8 @@ class ThreadPool {
   // Run fn(chunk) for every chunk in [0, num_chunks); returns when all are done.
   template <class Fn>
   void run(int64_t num_chunks, Fn&& fn) {
+    thread_local const bool has_long_slice = take_long_slice();
+    (void)has_long_slice;
     if (num_chunks <= 1 || workers_.empty()) {
       for (int64_t i = 0; i < num_chunks; ++i) fn(i);
       return;
@@ -85,6 +89,7 @@ class ThreadPool {
   }
 
   void work() {
+    take_long_slice();
     while (!stopping_.load(std::memory_order_relaxed)) {
       take_chunks();
       const uint64_t seen = ticket_.load(std::memory_order_acquire);

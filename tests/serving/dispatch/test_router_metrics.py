@@ -22,6 +22,7 @@ def test_decisions_and_refusals():
     for replica in ("r0", "r1"):
         dispatcher.router.set_healthy(replica, False)
     dispatcher.route(BODY, len(BODY))
+    dispatcher.record_decisions()
     found = shown(dispatcher)
     assert found["decision_seconds_count"] == 3
     assert found["refusals_total"] == 1
