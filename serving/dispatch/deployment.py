@@ -20,14 +20,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from monitoring import RouterRecorder
 from monitoring.exporter import Exporter, MetricsSettings
 from serving.dispatch.dispatcher import Dispatcher
 from serving.dispatch.headers import DECIDED, write_decided
 from serving.dispatch.listener import Listener
+from serving.dispatch.question import answer_questions
 from serving.dispatch.settings import RoutingSettings, create_policy
 from serving.routing import Router
 from serving.telemetry.logs import LogWriter
@@ -37,7 +36,6 @@ from serving.tiers import Tier
 
 # Of the process that runs a deployment; Serve's default writes a line to a file for every request.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-_TRUNCATED = b"x-body-truncated"  # "<bytes sent>/<content length>"
 _SWEEP_PERIOD_S = 1.0
 _LISTED_TIMEOUT_S = 20.0
 _INTRODUCTION_PERIOD_S = 0.5
@@ -79,19 +77,12 @@ class RequestRouter:
         self._long_poll = follow_replicas(replicas, on_change)
         async with asyncio.timeout(_LISTED_TIMEOUT_S):
             await listed.wait()
+        answer_questions(self._answer)
         self._sweeping = asyncio.create_task(self._sweep())
         self._introducing = asyncio.create_task(self._introduce(replicas))
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        rest = Starlette()  # its answers to what HAProxy does not ask, and to the server's start and end
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/internal/route"):
-                await self._route(scope, receive, send)
-            else:
-                await rest(scope, receive, send)
-
-        return app
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return Starlette()  # for what is no question
 
     def reconfigure(self, user_config: dict[str, int]) -> None:
         """Serve calls it at the start and when the wish changes, without a new process."""
@@ -101,28 +92,18 @@ class RequestRouter:
         """The ledger's sums, for tests and for the curious."""
         return self._dispatcher.counters()
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, is_whole = b"", False
-        while not is_whole:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # HAProxy is gone
-            body, is_whole = body + message.get("body", b""), not message.get("more_body", False)
+    def _answer(self, body: bytes, num_bytes: int) -> bytes:
         start_ns = time.time_ns() if self._is_traced else 0
-        truncated = next((value for name, value in scope["headers"] if name == _TRUNCATED), b"")
-        full_length = truncated.rpartition(b"/")[2]
-        answer = self._dispatcher.route(body, int(full_length) if full_length.isdigit() else len(body))
+        answer = self._dispatcher.route(body, num_bytes)
         if answer is None:
-            await JSONResponse({"detail": "no replica"}, 503)(scope, receive, send)
-            return
+            return _response(b"503 Service Unavailable", {"detail": "no replica"})
+        # When the answer is on its way.
+        asyncio.get_running_loop().call_soon(self._dispatcher.record_decisions)
         if self._is_traced:
             # The replica makes the span: it alone knows the client's trace.
             answer.headers[DECIDED] = write_decided(start_ns, time.time_ns())
-        told = to_json({"replica_id": answer.replica_id, "request_headers": answer.headers})
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(told))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": told})
-        asyncio.get_running_loop().call_soon(self._dispatcher.record_decisions)  # uvloop writes before
+        told = {"replica_id": answer.replica_id, "request_headers": answer.headers}
+        return _response(b"200 OK", told)
 
     async def _sweep(self) -> None:
         while True:
@@ -153,6 +134,11 @@ class RequestRouter:
         await self._listener.close()
         self._log_writer.stop()
         self._exporter.close()
+
+
+def _response(status: bytes, content: dict[str, Any]) -> bytes:
+    body = to_json(content)
+    return b"HTTP/1.0 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
 def build_router(

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 
-from serving.stream_guard import StreamGuard, chunked
+from serving.stream_guard import StreamGuard, Watch, chunked
 
 WORDS = chunked(b'data: {"error":{}}\n\n')
 TIMEOUT_S = 20.0
@@ -115,3 +115,36 @@ def test_too_many_last_words_are_an_error(connection):
     with pytest.raises(ValueError, match="at most"):
         guard.watch(connection[2], b"x" * 70_000)
     guard.close()
+
+
+class CountingGuard:
+    """What was asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bytes]] = []
+
+    def watch(self, scope, last_words: bytes) -> bytes:
+        self.calls.append(("watch", last_words))
+        return b"key"
+
+    def release(self, key: bytes) -> None:
+        self.calls.append(("release", key))
+
+
+def test_a_watch_begins_once_and_ends_once():
+    guard = CountingGuard()
+    watch = Watch(guard, {}, lambda: b"words")
+    for _ in range(2):
+        watch.begin()
+    for _ in range(2):
+        watch.end()
+    assert guard.calls == [("watch", chunked(b"words")), ("release", b"key")]
+
+
+def test_a_watch_that_is_over_does_not_begin():
+    guard = CountingGuard()
+    watch = Watch(guard, {}, lambda: b"words")
+    watch.end()
+    watch.begin()
+    assert guard.calls == []
+    Watch(None, {}, lambda: b"words").begin()
