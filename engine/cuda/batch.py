@@ -14,9 +14,10 @@ from kernels.cuda.program import MAX_TOKENS
 from kernels.prefill import Activations, Form, Product, Tokens
 from kernels.sampling import Mode
 
-# Llama-3-8B's shape on an H100, ms a step here and in the fused kernel: 9 rows 2.80 and 3.94, 12 rows 2.82
-# and 4.04. There 8 take 2.67.
-MIN_ROWS = 9
+# ms a step here and in the fused kernel, on an H200: Llama-3-8B's shape 4 rows 2.11 and 2.15, 6 rows 2.13
+# and 2.70, 8 rows 2.14 and 2.63; 70B's 4 rows 12.9 and 11.1, 6 rows 12.9 and 14.9, 8 rows 13.0 and 14.4. The
+# fused kernel computes 5 to 8 rows as 8, and more as 16: 9 rows of 8B take 3.94 there on an H100.
+MIN_ROWS = 5
 _GROUP = DIRECT_TOKENS // MAX_TOKENS  # lanes that one pass takes
 
 

@@ -1,6 +1,9 @@
 """CUDA graphs by key, captured when wanted for the second time."""
 
-from collections.abc import Callable, Hashable
+import contextlib
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 
@@ -27,11 +30,28 @@ class Graphs:
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = torch.cuda.CUDAGraph()
-            stream = torch.cuda.current_stream()
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with capture(graph, self._pool):
                 compute()
         graph.replay()
 
     def clear(self) -> None:
         self._graphs.clear()
         self._seen.clear()
+
+
+@contextlib.contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """What is launched on the current stream becomes `graph`.
+
+    No garbage is collected meanwhile: the end of another engine of this process, which may lie in it, makes
+    calls that no capture outlives.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()

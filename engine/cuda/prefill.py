@@ -7,15 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cuda.graphs import capture
 from engine.cuda.layers import DIRECT_TOKENS, Layer, Layers
 from engine.cuda.transfer import upload
 from engine.models.config import ModelConfig
 from kernels.cuda import tables
 from kernels.prefill import Activations, Form, Product, Tokens
 
-_GRAPH_TOKENS = 1024  # at most; beyond, the launches hide behind the products
+# At most. Up to so many the host may be the slower one: 8B takes 31 ms for 2,048 tokens, and up to 38 where
+# its launches come late.
+_GRAPH_TOKENS = 2048
 _GRAPH_TILES = 8  # beside those that are full
-_WARM_TOKENS = 2048  # up to so many, no request waits for a library to load its kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,34 +89,24 @@ class Prefill:
             step.graph.replay()
         return step.x[:num_tokens]
 
-    def warm_up(self, longest: int) -> None:
-        """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed.
-
-        longest: tokens of the longest chunk there will be.
-        """
+    def warm_up(self) -> None:
+        """Capture the graphs. To be called once, after a `forward`, in whose stream they will be replayed."""
         if self._device.type != "cuda":
             return
-        for padded in range(_padded(self._graph_tokens + 1), min(longest, _WARM_TOKENS) + 1, 128):
-            self._compute(self._empty(padded, 0, None), is_prompt=True)
         sizes = sorted({_padded(n) for n in range(1, self._graph_tokens + 1)}, reverse=True)
         kinds = [(n, False) for n in sizes]
         if self._num_decodes:
             kinds += [(n, True) for n in sizes if n <= DIRECT_TOKENS]
         for padded, has_decodes in kinds:
             graph = torch.cuda.CUDAGraph()
-            step = self._empty(padded, _GRAPH_TILES + (self._num_decodes if has_decodes else 0), graph)
+            tile = self._tile(padded)
+            num_tiles = padded // tile + _GRAPH_TILES + (self._num_decodes if has_decodes else 0)
+            step = self._make(padded, num_tiles, tile, graph)
+            step.ints.copy_(upload(_lay_out((), padded, num_tiles, tile), self._device))  # all of it padding
             self._compute(step, is_prompt=not has_decodes)  # compiles and loads what it needs
-            stream = torch.cuda.current_stream()
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with capture(graph, self._pool):
                 self._compute(step, is_prompt=not has_decodes)
             self._graphs[padded, has_decodes] = step
-
-    def _empty(self, padded: int, more_tiles: int, graph: torch.cuda.CUDAGraph | None) -> _Step:
-        """All of it padding."""
-        tile = self._tile(padded)
-        step = self._make(padded, padded // tile + more_tiles, tile, graph)
-        step.ints.copy_(upload(_lay_out((), padded, len(step.tokens.tiles), tile), self._device))
-        return step
 
     def _tile(self, padded: int) -> int:
         """Queries of a program of the attention: fewer where there would be few programs."""

@@ -188,7 +188,7 @@ class CudaModelRunner:
         self.execute(SchedulerOutput((ScheduledRequest(request, num_tokens - 1, 1),)))
         self.forget(request.request_id)
         with torch.cuda.stream(self._stream):
-            self.prefill.warm_up(num_tokens)
+            self.prefill.warm_up()
             self.rows.load(Layout((), ()))  # rows of padding, which write nothing
             self.rows.note(Layout((), ()))
             num_lanes = -(-self._max_num_seqs // MAX_TOKENS)

@@ -68,12 +68,13 @@ def test_a_graph_computes_what_single_launches_do(weights, precision, kv_format)
     stream = torch.cuda.Stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
         captured.forward([Chunk(0, 0, prompt(40))])
-        captured.warm_up(2048)
+        captured.warm_up()
         for chunks in (
             [Chunk(1, 0, prompt(17))],
             [Chunk(0, 0, prompt(200, 3))],
             [Chunk(2, 0, prompt(300)), Chunk(3, 0, prompt(33, 1))],
             [Chunk(1, 17, prompt(500, 2))],
+            [Chunk(2, 0, prompt(1500, 4))],
         ):
             got = captured.forward(chunks).clone()
             stream.synchronize()
