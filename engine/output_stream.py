@@ -11,12 +11,15 @@ class OutputStream:
     """What waits for the reader is merged, so that a slow one gets larger deltas and not ever more of them.
 
     So a server whose event loop cannot write as many chunks a second as there are tokens still passes on all
-    tokens as they come. One reader; belongs to an event loop.
+    tokens as they come. One reader; belongs to the event loop that it is made in.
+
+    A bare future, not an asyncio.Event: that looks its loop up for each wait, a system call on Python 3.11.
     """
 
     def __init__(self) -> None:
         self._items: deque[RequestOutput | Exception] = deque()
-        self._filled = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._filled: asyncio.Future[None] | None = None  # while the reader waits
 
     def put(self, item: RequestOutput | Exception) -> None:
         """An exception is raised to the reader, behind what came before it."""
@@ -25,13 +28,17 @@ class OutputStream:
             self._items[-1] = _merged(last, item)
         else:
             self._items.append(item)
-        self._filled.set()
+        if self._filled is not None and not self._filled.done():
+            self._filled.set_result(None)
 
     async def get(self) -> RequestOutput:
-        await self._filled.wait()
+        while not self._items:
+            self._filled = self._loop.create_future()
+            try:
+                await self._filled
+            finally:
+                self._filled = None
         item = self._items.popleft()
-        if not self._items:
-            self._filled.clear()
         if isinstance(item, Exception):
             raise item
         return item

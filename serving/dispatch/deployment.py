@@ -3,7 +3,8 @@
 Ray Serve 2.60's HAProxy posts every POST request's body to /internal/route of this deployment and sends the
 request to the replica that the answer names (`Application._with_ingress_request_router`, the way of Ray's own
 LLM serving; private). Two more private parts: the long poll that lists the running replicas, and the
-controller's handle for it. All of Ray's private parts in use are in this file and in `deploy.cluster`.
+controller's handle for it. All of Ray's private parts in use are in this file and in `deploy.cluster`. The
+question itself is answered by `question`, before Ray's server around this deployment sees it.
 """
 
 import asyncio
