@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 _LINE = b"POST /internal/route HTTP/1.0\r\n"
 _MAX_HEAD_BYTES = 16_384
+_WHOLE_WITHIN_S = 5.0  # HAProxy itself waits for 3 s
 _LENGTH = re.compile(rb"\r\nContent-Length: (\d{1,12})\r\n")
 _TRUNCATED = re.compile(rb"\r\nX-Body-Truncated: \d{1,12}/(\d{1,12})\r\n")
 
@@ -45,14 +46,16 @@ class QuestionProtocol(asyncio.Protocol):
         self._answer = answer
         self._config, self._server_state, self._app_state = config, server_state, app_state
         self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are no instances of it
         self._server_state.connections.add(self)  # type: ignore[arg-type]  # it has their `shutdown`
+        self._deadline = asyncio.get_running_loop().call_later(_WHOLE_WITHIN_S, transport.close)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._server_state.connections.discard(self)
+        self._leave()
 
     def shutdown(self) -> None:
         """The server ends: a question that has begun has its answer, as far as it comes."""
@@ -76,10 +79,15 @@ class QuestionProtocol(asyncio.Protocol):
 
     def _hand_over(self) -> None:
         assert self._transport is not None, "made"
-        self._server_state.connections.discard(self)
+        self._leave()
         other = HttpToolsProtocol(
             config=self._config, server_state=self._server_state, app_state=self._app_state
         )
         other.connection_made(self._transport)
         self._transport.set_protocol(other)
         other.data_received(self._data)
+
+    def _leave(self) -> None:
+        self._server_state.connections.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()

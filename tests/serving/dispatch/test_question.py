@@ -7,6 +7,7 @@ import pytest
 import uvicorn
 import uvicorn.config
 
+from serving.dispatch import question
 from serving.dispatch.question import answer_questions
 
 HEAD = b"POST /internal/route HTTP/1.0\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
@@ -51,22 +52,22 @@ async def test_a_question_is_answered_and_the_connection_closed(router):
 
 @pytest.mark.parametrize("size", [1, 7, 40])
 async def test_it_may_come_in_pieces(router, size):
-    question = HEAD + b"Content-Length: 5\r\nx-request-id: 1\r\n\r\nhello"
-    pieces = [question[i : i + size] for i in range(0, len(question), size)]
+    asked = HEAD + b"Content-Length: 5\r\nx-request-id: 1\r\n\r\nhello"
+    pieces = [asked[i : i + size] for i in range(0, len(asked), size)]
     if size == 1:
         pieces = [*pieces[:5], b"".join(pieces[5:])]  # also within its first line
     assert (await ask(router[0], *pieces)).endswith(b"hello of 5")
 
 
 async def test_the_whole_bodys_length_is_told_where_only_its_beginning_comes(router):
-    question = HEAD + b"Content-Length: 3\r\nX-Body-Truncated: 3/70000\r\n\r\nabc"
-    assert (await ask(router[0], question)).endswith(b"abc of 70000")
+    asked = HEAD + b"Content-Length: 3\r\nX-Body-Truncated: 3/70000\r\n\r\nabc"
+    assert (await ask(router[0], asked)).endswith(b"abc of 70000")
 
 
 async def test_no_header_of_the_body_counts(router):
     body = b"x\r\nContent-Length: 1\r\n\r\n"
-    question = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    assert (await ask(router[0], question)).endswith(body + b" of %d" % len(body))
+    asked = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    assert (await ask(router[0], asked)).endswith(body + b" of %d" % len(body))
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,8 @@ async def test_connections_that_ask_nothing_do_not_hold_up_the_servers_end(route
     server.should_exit = True
     assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
     writer.close()
+
+
+async def test_a_question_that_is_never_whole_ends(router, monkeypatch):
+    monkeypatch.setattr(question, "_WHOLE_WITHIN_S", 0.1)
+    assert await ask(router[0], HEAD + b"Content-Length: 3\r\n\r\na") == b""
