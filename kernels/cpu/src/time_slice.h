@@ -28,9 +28,11 @@ inline bool take_long_slice() {
     uint64_t period;
   } attributes{};
   constexpr uint64_t kLongest = 100'000'000;
+  constexpr uint64_t kResetOnFork = 1;  // threads and processes that this one starts are not meant
   attributes.size = sizeof(attributes);
   if (syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0) != 0) return false;
   if (attributes.policy != SCHED_OTHER) return false;
+  attributes.flags = kResetOnFork;
   attributes.runtime = kLongest;
   attributes.deadline = attributes.period = 0;
   return syscall(SYS_sched_setattr, 0, &attributes, 0) == 0;
