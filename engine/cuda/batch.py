@@ -17,7 +17,8 @@ from kernels.sampling import Mode
 # ms a step here and in the fused kernel, on an H200: Llama-3-8B's shape 4 rows 2.11 and 2.15, 6 rows 2.13
 # and 2.70, 8 rows 2.14 and 2.63; 70B's 4 rows 12.9 and 11.1, 6 rows 12.9 and 14.9, 8 rows 13.0 and 14.4. The
 # fused kernel computes 5 to 8 rows as 8, and more as 16: 9 rows of 8B take 3.94 there on an H100.
-MIN_ROWS = 5
+# From 5 rows on this would be faster, but its float16 products are less exact than the fused kernel's.
+MIN_ROWS = 9
 _GROUP = DIRECT_TOKENS // MAX_TOKENS  # lanes that one pass takes
 
 

@@ -37,7 +37,7 @@ _REPORT_PERIOD_S = 0.25
 # first chunk goes to the client. An end frees a place, of which the next choice is to know; of a beginning
 # the router that chose knows already.
 _COLLECT_S = 0.02
-_COLLECT_ENDS_S = 0.001
+_COLLECT_ENDS_S = 0.0
 _CONNECT_TIMEOUT_S = 2.0
 # A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
 _MAX_UNSENT_BYTES = 2**20
