@@ -43,8 +43,8 @@ class Graphs:
 def capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """What is launched on the current stream becomes `graph`.
 
-    No garbage is collected meanwhile: the end of another engine of this process, which may lie in it, makes
-    calls that no capture outlives.
+    No garbage is collected meanwhile: the end of another engine of this process may lie in it, whose calls
+    to the driver a capture may not outlive (suspected where two became invalid in a long test run, not seen).
     """
     was_enabled = gc.isenabled()
     gc.disable()
