@@ -109,7 +109,8 @@ class RouterLinks:
         self._open: dict[str, Flight] = {}
         self._held = PrefixIndex(1, _MAX_HELD_BLOCKS)
         self._unsent: list[Message] = []
-        self._flushing: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Handle | None = None  # uvloop's has no time where it is to run at once
+        self._flush_at_s = 0.0  # on the event loop's clock; of `_flushing`
 
     def connect(self, address: str) -> None:
         """Report to the router at host:port from now on, if that is not so already."""
@@ -154,11 +155,12 @@ class RouterLinks:
 
     def _flush_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
+        at_s = loop.time() + seconds
         if self._flushing is not None:
-            if self._flushing.when() <= loop.time() + seconds:
+            if self._flush_at_s <= at_s:
                 return
             self._flushing.cancel()
-        self._flushing = loop.call_later(seconds, self._flush)
+        self._flushing, self._flush_at_s = loop.call_later(seconds, self._flush), at_s
 
     def _flush(self) -> None:
         if self._flushing is not None:

@@ -61,6 +61,18 @@ async def test_events_of_a_moment_are_one_message(pair):
     assert [data.count(b"\n") for data in sent if b"Report" not in data] == [3]
 
 
+async def test_requests_that_end_at_once_are_one_message(pair):
+    dispatcher, links, _ = pair
+    sent: list[bytes] = []
+    flights = [links.flight(dispatcher.route(BODY, len(BODY)).headers, arrival_s=10.0) for _ in range(3)]
+    (link,) = links._links.values()
+    link.send = sent.append
+    for flight in flights:
+        flight.ended("finished", 4)
+    await until(lambda: any(b"Ended" in data for data in sent))
+    assert [data.count(b"Ended") for data in sent if b"Report" not in data] == [3]
+
+
 async def test_requests_that_no_router_sent_are_in_its_books_too(pair):
     dispatcher, links, _ = pair
     assert links.flight({}, 0.0) is None
