@@ -1,5 +1,6 @@
 """Who may come in: places in flight, by tier, and deadlines that can still be kept."""
 
+import asyncio
 import math
 import time
 from collections import defaultdict
@@ -164,5 +165,7 @@ class Admission:
             # Of those alone that jump the queue: others wait for whoever comes after them, too.
             error_s = now - begun.since - begun.predicted_s
             self._errors[service.urgency.priority].observe(error_s, now)
-        self.attainment.add(now <= service.urgency.deadline, now)
-        self.recorder.record_deadline(service.tier, now <= service.urgency.deadline)
+        is_kept = now <= service.urgency.deadline
+        self.attainment.add(is_kept, now)
+        # When the first chunk is on its way.
+        asyncio.get_running_loop().call_soon(self.recorder.record_deadline, service.tier, is_kept)

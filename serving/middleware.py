@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.anthropic.errors import anthropic_response, speaks_anthropic
 from serving.callers import Callers
-from serving.dispatch.headers import DECIDED, PEREGRINE_ROUTE, ROUTE
+from serving.dispatch.headers import DECIDED, FLIGHT, PEREGRINE_ROUTE, ROUTE
 from serving.dispatch.reporter import Flight
 from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
@@ -126,8 +126,7 @@ class FrontDoor:
     def _flight(self, headers: dict[bytes, bytes], arrival: float) -> Flight | None:
         if self._state.links is None:
             return None
-        text = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers.items()}
-        return self._state.links.flight(text, arrival)
+        return self._state.links.flight(_decoded(headers, (FLIGHT, ROUTE)), arrival)
 
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")

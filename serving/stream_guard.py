@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 MAX_WORDS_BYTES = MAX_MESSAGE_BYTES - 1 - KEY_BYTES - COUNT_BYTES
 _START_TIMEOUT_S = 20.0
 _MAX_PID_BYTES = 32
+_SOCKET_BYTES = 2**20  # the system may give less: Linux's default is 208 KiB
+_BELL_BYTES = 65_536  # what waits unread, until the guard is woken
+_OVERHEAD_BYTES = 1_024  # of a message in the socket
 
 Address = tuple[str, int]
 
@@ -38,12 +41,15 @@ class StreamGuard:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-I", "-S", stream_guard_process.__file__, str(theirs.fileno())]
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        self._bell = os.eventfd(0)
+        descriptors = theirs.fileno(), self._bell
+        command = [sys.executable, "-I", "-S", stream_guard_process.__file__, *map(str, descriptors)]
         with theirs:
             # A session of its own: what ends the replica's group must not end the guard with it.
             subprocess.run(
                 command,
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 start_new_session=True,
                 check=True,
                 timeout=_START_TIMEOUT_S,
@@ -52,6 +58,7 @@ class StreamGuard:
         self._pid = int(ours.recv(_MAX_PID_BYTES))
         ours.setblocking(False)
         self._control: socket.socket | None = ours
+        self._unread_bytes = 0  # at most, since the bell rang
         self._keys = itertools.count()
         self._descriptors: dict[tuple[Address, Address], int] = {}
 
@@ -85,8 +92,13 @@ class StreamGuard:
     def close(self) -> None:
         """When no stream is open any more: the guard ends without a word."""
         if self._control is not None:
+            self._end()
+
+    def _end(self) -> None:
+        if self._control is not None:
             self._control.close()
             self._control = None
+            os.close(self._bell)
 
     def _send(self, message: bytes, descriptors: list[int]) -> bool:
         if self._control is None:
@@ -98,9 +110,12 @@ class StreamGuard:
             logger.error("the stream guard is gone, a kill will cut streams without an event: %s", error)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self._control.close()
-            self._control = None
+            self._end()
             return False
+        self._unread_bytes += len(message) + _OVERHEAD_BYTES
+        if self._unread_bytes > _BELL_BYTES:
+            os.eventfd_write(self._bell, 1)
+            self._unread_bytes = 0
         return True
 
     def _descriptor(self, scope: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,12 @@ from serving.stream_guard import Watch
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+]
 
 
 class ClientGone(Exception):
@@ -30,13 +36,10 @@ class SseResponse(Response):
     watch: of this stream; it is over when the stream is.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(self, chunks: AsyncGenerator[bytes, None], watch: Watch | None = None) -> None:
-        # no-transform, no buffering: a proxy that collects chunks would undo the streaming.
         self.status_code = 200
         self.background = None
-        self.init_headers({"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
+        self.raw_headers = list(_HEADERS)
         self._chunks = chunks
         self._watch = watch
 

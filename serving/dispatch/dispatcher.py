@@ -5,18 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from monitoring import RouterRecorder
-from serving.dispatch.headers import (
-    FLIGHT,
-    PREFIXES,
-    REFUSE,
-    REPLY_TO,
-    ROUTE,
-    SIZE,
-    WATCHED,
-    describe,
-    write_prefixes,
-    write_size,
-)
+from serving.dispatch.headers import FLIGHT, REFUSE, ROUTE, WATCHED, FlightNote, describe
 from serving.dispatch.messages import Arrived, Ended, FirstToken, Held, Hello, Message, Report
 from serving.dispatch.prompts import routed_request
 from serving.dispatch.settings import INITIAL_COST
@@ -96,10 +85,15 @@ class Dispatcher:
         self._unseen[flight_id] = self.clock() + ARRIVAL_TIMEOUT_S
         route = describe(self.router.policy.name, decision)
         own_tokens = max(1, request.prompt_tokens - decision.saved_tokens)
-        size = write_size(own_tokens, decision.expected_output_tokens, request.priority)
-        headers = {FLIGHT: flight_id, REPLY_TO: self.reply_to, ROUTE: route, SIZE: size, WATCHED: "?1"}
-        if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
-            headers[PREFIXES] = prefixes
+        note = FlightNote(
+            flight_id,
+            own_tokens,
+            decision.expected_output_tokens,
+            request.priority,
+            self.reply_to,
+            PrefixIndex.entries(request.block_hashes),
+        )
+        headers = {FLIGHT: note.write(), ROUTE: route, WATCHED: "?1"}
         self._unrecorded.append((decision.reason, self.clock() - start_s))
         return Answer(decision.replica_id, headers)
 

@@ -6,17 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from monitoring import Recorder
-from serving.dispatch.headers import (
-    FLIGHT,
-    PREFIXES,
-    REFUSE,
-    REPLY_TO,
-    ROUTE,
-    SIZE,
-    predicted_ttft_s,
-    read_prefixes,
-    read_size,
-)
+from serving.dispatch.headers import FLIGHT, REFUSE, ROUTE, FlightNote, predicted_ttft_s
 from serving.dispatch.messages import (
     Arrived,
     Ended,
@@ -34,10 +24,9 @@ logger = logging.getLogger(__name__)
 
 _REPORT_PERIOD_S = 0.25
 # Events are collected for so long: each message wakes every router, just when a prompt is computed or a
-# first chunk goes to the client. An end frees a place, of which the next choice is to know; of a beginning
-# the router that chose knows already.
-_COLLECT_S = 0.02
-_COLLECT_ENDS_S = 0.0
+# first chunk goes to the client. An end frees a place, of which the next choice is to know; of an arrival
+# the router that chose knows already, and the others hear with whatever comes next.
+_COLLECT_S: dict[type[Message], float] = {Arrived: 0.1, FirstToken: 0.02, Ended: 0.0}
 _CONNECT_TIMEOUT_S = 2.0
 # A router that does not read for so long is gone or stuck; its books are rebuilt when it connects again.
 _MAX_UNSENT_BYTES = 2**20
@@ -59,6 +48,7 @@ class Flight:
         self.route = route
         self.ttft_s: float | None = None
         self.has_ended = False
+        self._has_told = False  # of the first token
         self._arrived, self._send, self._arrival_s, self._recorder = arrived, send, arrival_s, recorder
         send(arrived)
 
@@ -67,6 +57,13 @@ class Flight:
         if self.ttft_s is not None or self.has_ended:
             return
         self.ttft_s = now_s - self._arrival_s
+        # When the first chunk is on its way.
+        asyncio.get_running_loop().call_soon(self._tell_first_token)
+
+    def _tell_first_token(self) -> None:
+        if self._has_told or self.ttft_s is None:
+            return
+        self._has_told = True
         self._send(FirstToken(self._arrived.flight_id))
         if (predicted_s := predicted_ttft_s(self.route)) and self.ttft_s > 0:
             self._recorder.record_prediction(predicted_s, self.ttft_s)
@@ -74,6 +71,7 @@ class Flight:
     def ended(self, reason: EndReason, output_tokens: int = 0) -> None:
         if not self.has_ended:
             self.has_ended = True
+            self._tell_first_token()
             self._send(Ended(self._arrived.flight_id, reason, output_tokens))
 
     @property
@@ -127,15 +125,20 @@ class RouterLinks:
         """None for a request that is in no router's books. One without an address to report to is told to the
         routers that are known.
         """
-        flight_id, reply_to = headers.get(FLIGHT), headers.get(REPLY_TO)
-        if not flight_id:
+        if not (told := headers.get(FLIGHT)):
             return None
-        if reply_to:
-            self.connect(reply_to)
-        size = read_size(headers.get(SIZE, ""))
-        arrived = Arrived(flight_id, *size, read_prefixes(headers.get(PREFIXES, "")))
+        note = FlightNote.read(told)
+        if note.reply_to:
+            self.connect(note.reply_to)
+        arrived = Arrived(
+            note.flight_id,
+            note.prompt_tokens,
+            note.expected_output_tokens,
+            note.priority,
+            list(note.prefixes),
+        )
         flight = Flight(arrived, headers.get(ROUTE, ""), self._send, arrival_s, self._recorder)
-        self._open[flight_id] = flight
+        self._open[note.flight_id] = flight
         return flight
 
     async def close(self) -> None:
@@ -151,7 +154,7 @@ class RouterLinks:
             prefixes = self._open[message.flight_id].prefixes
             self._held.add(0, PrefixIndex.with_entries(prefixes))
         self._unsent.append(message)
-        self._flush_within(_COLLECT_ENDS_S if isinstance(message, Ended) else _COLLECT_S)
+        self._flush_within(_COLLECT_S[type(message)])
 
     def _flush_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ to know of them.
 import uuid
 from collections.abc import Mapping
 
-from serving.dispatch.headers import FLIGHT, PREFIXES, ROUTE, SIZE, write_prefixes, write_size
+from serving.dispatch.headers import FLIGHT, ROUTE, FlightNote
 from serving.dispatch.prompts import routed_request
 from serving.routing.prefix_index import PrefixIndex
 from serving.tiers import Tier
@@ -18,11 +18,11 @@ def unrouted_headers(body: bytes, tiers: Mapping[str, Tier]) -> dict[str, str]:
     """What a router would have sent along with `body`, but where to report to: to every router, then."""
     request = routed_request(uuid.uuid4().hex, body, len(body), tiers)
     expected_tokens = min(_EXPECTED_TOKENS, request.max_output_tokens or _EXPECTED_TOKENS)
-    headers = {
-        FLIGHT: request.request_id,
-        ROUTE: "policy=none; reason=connection",
-        SIZE: write_size(request.prompt_tokens, expected_tokens, request.priority),
-    }
-    if prefixes := write_prefixes(PrefixIndex.entries(request.block_hashes)):
-        headers[PREFIXES] = prefixes
-    return headers
+    note = FlightNote(
+        request.request_id,
+        request.prompt_tokens,
+        expected_tokens,
+        request.priority,
+        prefixes=PrefixIndex.entries(request.block_hashes),
+    )
+    return {FLIGHT: note.write(), ROUTE: "policy=none; reason=connection"}

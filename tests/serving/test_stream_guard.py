@@ -88,6 +88,18 @@ def test_a_released_connection_closes_when_the_replica_closes_it(connection):
     guard.close()
 
 
+def test_many_messages_at_once_find_room(connection):
+    client, server, scope = connection
+    guard = StreamGuard()
+    keys = [guard.watch(scope, words) for words in [WORDS] * 400]
+    assert None not in keys
+    for key in keys:
+        guard.release(key)
+    server.close()
+    assert read_all(client) == b""
+    guard.close()
+
+
 def test_a_guard_that_was_killed_is_done_without(connection):
     client, server, scope = connection
     guard = StreamGuard()

@@ -4,7 +4,7 @@ import json
 
 from engine import StepCost
 from serving.dispatch.dispatcher import Answer, Dispatcher
-from serving.dispatch.headers import FLIGHT
+from serving.dispatch.headers import FLIGHT, FlightNote
 from serving.dispatch.messages import Hello, Report
 from serving.tiers import TIERS
 from tests.serving.routing.helpers import ManualClock, make_router
@@ -31,7 +31,11 @@ def send(dispatcher: Dispatcher, body: bytes = BODY) -> tuple[str, str]:
     """Flight and replica."""
     answer = dispatcher.route(body, len(body))
     assert isinstance(answer, Answer)
-    return answer.headers[FLIGHT], answer.replica_id
+    return note_of(answer).flight_id, answer.replica_id
+
+
+def note_of(answer: Answer) -> FlightNote:
+    return FlightNote.read(answer.headers[FLIGHT])
 
 
 def is_empty(dispatcher: Dispatcher) -> bool:

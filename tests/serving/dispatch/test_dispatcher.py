@@ -10,22 +10,19 @@ from engine import StepCost
 from serving.dispatch.dispatcher import ARRIVAL_TIMEOUT_S, STALL_S
 from serving.dispatch.headers import (
     FLIGHT,
-    PREFIXES,
     REFUSE,
-    REPLY_TO,
     ROUTE,
     predicted_ttft_s,
-    read_prefixes,
 )
 from serving.dispatch.messages import Arrived, Ended, FirstToken, Held, Report
-from tests.serving.dispatch.helpers import BODY, hello, is_empty, make_dispatcher, report, send
+from tests.serving.dispatch.helpers import BODY, hello, is_empty, make_dispatcher, note_of, report, send
 
 
 def test_an_answer_names_a_replica_and_explains_the_choice():
     dispatcher, _ = make_dispatcher()
     answer = dispatcher.route(BODY, len(BODY))
     assert answer.replica_id in ("r0", "r1")
-    assert answer.headers[REPLY_TO] == "h:1"
+    assert note_of(answer).reply_to == "h:1"
     assert answer.headers[ROUTE].startswith("policy=latency; reason=")
     assert predicted_ttft_s(answer.headers[ROUTE]) > 0
     # HAProxy reads the answer with a simple pattern: a flat object, no quotes or braces inside values.
@@ -47,10 +44,10 @@ def test_a_router_learns_of_prefixes_that_another_one_sent():
     first, second = make_dispatcher()[0], make_dispatcher()[0]
     body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
     answer = first.route(body, len(body))
-    prefixes = read_prefixes(answer.headers[PREFIXES])
-    second.receive(answer.replica_id, Arrived(answer.headers[FLIGHT], 350, 16, 3, prefixes))
-    second.receive(answer.replica_id, FirstToken(answer.headers[FLIGHT]))
-    second.receive(answer.replica_id, Ended(answer.headers[FLIGHT], "finished", 16))
+    prefixes = list(note_of(answer).prefixes)
+    second.receive(answer.replica_id, Arrived(note_of(answer).flight_id, 350, 16, 3, prefixes))
+    second.receive(answer.replica_id, FirstToken(note_of(answer).flight_id))
+    second.receive(answer.replica_id, Ended(note_of(answer).flight_id, "finished", 16))
     again = second.route(body, len(body))
     assert again.replica_id == answer.replica_id
     assert "saved-tokens=320" in again.headers[ROUTE]
@@ -60,7 +57,7 @@ def test_a_router_that_is_new_is_told_what_is_cached():
     first, second = make_dispatcher()[0], make_dispatcher()[0]
     body = json.dumps({"prompt": "A river runs through the old town. " * 40}).encode()
     answer = first.route(body, len(body))
-    prefixes = read_prefixes(answer.headers[PREFIXES])
+    prefixes = list(note_of(answer).prefixes)
     second.receive(answer.replica_id, Held(prefixes))
     again = second.route(body, len(body))
     assert again.replica_id == answer.replica_id
@@ -242,7 +239,7 @@ def test_no_order_of_events_leaves_anything_in_the_books(events):
             case "route":
                 answer = dispatcher.route(BODY, len(BODY))
                 if answer is not None and FLIGHT in answer.headers:
-                    flights.append((answer.headers[FLIGHT], answer.replica_id))
+                    flights.append((note_of(answer).flight_id, answer.replica_id))
             case "arrived":
                 dispatcher.receive(replica, Arrived(flight, 4, 5))
             case "elsewhere":

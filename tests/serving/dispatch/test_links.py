@@ -3,10 +3,11 @@
 import asyncio
 import json
 
+import pytest
 import pytest_asyncio
 
 from monitoring import Recorder
-from serving.dispatch.headers import FLIGHT, REPLY_TO, ROUTE
+from serving.dispatch.headers import FLIGHT, ROUTE, FlightNote
 from serving.dispatch.listener import Listener
 from serving.dispatch.reporter import RouterLinks, refusal_wait_s
 from serving.dispatch.unrouted import unrouted_headers
@@ -143,7 +144,7 @@ async def test_a_connection_that_talks_nonsense_is_closed(pair):
 
 async def test_a_router_that_is_not_there_harms_no_request(pair):
     _, links, _ = pair
-    flight = links.flight({FLIGHT: "f", REPLY_TO: "127.0.0.1:1", ROUTE: ""}, 0.0)
+    flight = links.flight({FLIGHT: "f 1/0/0 127.0.0.1:1 -", ROUTE: ""}, 0.0)
     await asyncio.sleep(0.05)
     flight.first_token(1.0)
     flight.ended("finished", 1)
@@ -155,3 +156,23 @@ def test_requests_that_no_router_sent():
     assert links.flight({}, 0.0) is None
     assert refusal_wait_s({}) is None
     assert refusal_wait_s({"x-serve-router-refuse": "2.5"}) == 2.5
+
+
+@pytest.mark.parametrize("reply_to", ["", "10.0.0.1:5000"])
+@pytest.mark.parametrize("prefixes", [[], [1, 2**63]])
+def test_a_note_is_read_as_it_was_written(reply_to, prefixes):
+    note = FlightNote("f", 350, 16, 2, reply_to, prefixes)
+    assert FlightNote.read(note.write()) == note
+    assert note.write() == note.write().strip()  # a proxy trims
+
+
+@pytest.mark.parametrize(
+    "value", ["f", "f 1", "f 1/2 - -", "f 1/2/x - -", "f 1/-2/3 - -", "f 1/2/3 - zz", "f 1/2/3 - - -"]
+)
+def test_of_a_note_that_nobody_wrote_the_id_is_kept(value):
+    assert FlightNote.read(value) == FlightNote("f")
+
+
+def test_a_note_without_an_id_is_none():
+    with pytest.raises(ValueError, match="no flight"):
+        FlightNote.read("")
