@@ -48,7 +48,10 @@ def create_app(
         description="OpenAI-compatible inference",
         docs_url="/docs",
         redoc_url=None,
+        # The app makes its own spans and metrics; FastAPI before 0.165 has none, and ignores this.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    docs = list(app.router.routes)
     install_error_handlers(app)
     routers = [router(state, _RESPONSES) for router in (chat_router, completions_router)]
     routers += [messages_router(state), anthropic_models_router(state)]
@@ -60,6 +63,8 @@ def create_app(
         app.include_router(usage_router(state.gate, _RESPONSES))
     if state.settings.status_page:
         app.include_router(status_router(StatusBoard(state, peers), _RESPONSES))
+    # Behind the others: Ray Serve goes through them for each request, to name its route.
+    app.router.routes[:] = [*(route for route in app.router.routes if route not in docs), *docs]
     app.add_middleware(DirectRoutes, routes=[route for router in routers for route in router.routes])
     app.add_middleware(FrontDoor, state=state, answers_with_id=answers_with_id)
     app.add_middleware(WebSocketDoor, state=state)

@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from serving import stream_guard_process
@@ -31,6 +30,7 @@ _BELL_BYTES = 65_536  # what waits unread, until the guard is woken
 _OVERHEAD_BYTES = 1_024  # of a message in the socket
 
 Address = tuple[str, int]
+Ends = tuple[Address, Address]
 
 
 class StreamGuard:
@@ -60,7 +60,7 @@ class StreamGuard:
         self._control: socket.socket | None = ours
         self._unread_bytes = 0  # at most, since the bell rang
         self._keys = itertools.count()
-        self._descriptors: dict[tuple[Address, Address], int] = {}
+        self._descriptors: dict[Ends, int] = {}
 
     def watch(self, scope: Mapping[str, Any], last_words: bytes) -> bytes | None:
         """Say `last_words` (an HTTP/1.1 body's bytes) on this request's connection if this process dies.
@@ -72,16 +72,18 @@ class StreamGuard:
             return None
         if len(last_words) > MAX_WORDS_BYTES:
             raise ValueError(f"last_words: at most {MAX_WORDS_BYTES} bytes, got {len(last_words)}")
-        descriptor = self._descriptor(scope)
-        if descriptor is None:
+        if not scope.get("client") or not scope.get("server"):
             return None
-        try:
-            with _borrowed(descriptor) as connection:
-                written = bytes_written(connection).to_bytes(COUNT_BYTES, "little")
-        except OSError:
-            return None
+        ends = _address(scope["client"]), _address(scope["server"])
+        if (known := self._written(ends)) is None:
+            # ASGI names a connection's addresses only: descriptors are looked through once for each.
+            self._descriptors = {found: descriptor for descriptor, found in _connections()}
+            if (known := self._written(ends)) is None:
+                return None
+        descriptor, written = known
         key = next(self._keys).to_bytes(KEY_BYTES, "little")
-        return key if self._send(b"W" + key + written + last_words, [descriptor]) else None
+        message = b"W" + key + written.to_bytes(COUNT_BYTES, "little") + last_words
+        return key if self._send(message, [descriptor]) else None
 
     def release(self, key: bytes) -> None:
         """The stream has ended. At once after its last chunk: what the guard would say then, the proxy takes
@@ -118,25 +120,33 @@ class StreamGuard:
             self._unread_bytes = 0
         return True
 
-    def _descriptor(self, scope: Mapping[str, Any]) -> int | None:
-        """The request's connection. ASGI names its two addresses only; descriptors are looked through once
-        for each connection.
-        """
-        if not scope.get("client") or not scope.get("server"):
+    def _written(self, ends: Ends) -> tuple[int, int] | None:
+        """The connection's descriptor and how much was written to it; None where none is known."""
+        descriptor = self._descriptors.get(ends)
+        if descriptor is None:
             return None
-        ends = (_address(scope["client"]), _address(scope["server"]))
-        known = self._descriptors.get(ends)
-        if known is not None and _ends(known) == ends:
-            return known
-        self._descriptors = {found: descriptor for descriptor, found in _connections()}
-        return self._descriptors.get(ends)
+        # Named, not asked for: three system calls.
+        family = socket.AF_INET6 if ":" in ends[0][0] else socket.AF_INET
+        try:
+            connection = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=descriptor)
+        except OSError:
+            return None
+        try:
+            # The descriptor may be another connection's by now.
+            if (_address(connection.getpeername()), _address(connection.getsockname())) != ends:
+                return None
+            return descriptor, bytes_written(connection)
+        except OSError:
+            return None
+        finally:
+            connection.detach()
 
 
 class Watch:
     """One stream's time under the guard; each of its ends comes once, further calls do nothing.
 
     last_words: of the body, asked for when it begins. That may be at any time before the stream's first byte,
-        and is best while the engine computes, for it wakes the guard's process.
+        and is best while the engine computes.
     """
 
     def __init__(
@@ -162,32 +172,23 @@ def chunked(body: bytes) -> bytes:
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-def _connections() -> Iterator[tuple[int, tuple[Address, Address]]]:
+def _connections() -> Iterator[tuple[int, Ends]]:
+    """Descriptors of connected IP sockets, and (peer, own) addresses."""
     for name in os.listdir("/proc/self/fd"):
-        if (ends := _ends(int(name))) is not None:
-            yield int(name), ends
-
-
-def _ends(descriptor: int) -> tuple[Address, Address] | None:
-    """(peer, own) addresses of a connected IP socket, None for anything else."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return None
-        with _borrowed(descriptor) as connection:
-            if connection.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            return _address(connection.getpeername()), _address(connection.getsockname())
-    except OSError:
-        return None
-
-
-@contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    connection = socket.socket(fileno=descriptor)
-    try:
-        yield connection
-    finally:
-        connection.detach()
+        descriptor = int(name)
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            connection = socket.socket(fileno=descriptor)
+        except OSError:
+            continue
+        try:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                yield descriptor, (_address(connection.getpeername()), _address(connection.getsockname()))
+        except OSError:
+            continue  # not connected
+        finally:
+            connection.detach()
 
 
 def _address(address: Any) -> Address:

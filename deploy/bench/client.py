@@ -81,20 +81,17 @@ class Streams:
     ) -> None:
         """A greedy completion of exactly so many tokens, noted on the timeline when it has come.
 
-        fields: of the request's body, further ones or others. Raises RefusedError for 429, RuntimeError for
-        another answer that is an error, OSError (TimeoutError and ConnectionError among them).
+        fields: of the request's body, further ones or others. Raises what `send` raises.
         """
-        body = {
-            "model": model,
-            "prompt": prompt,
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **fields,
-        }
-        request = _request(urlsplit(f"{url}/v1/completions"), json.dumps(body).encode(), headers)
+        request = completion(url, model, prompt, max_tokens, fields=fields, headers=headers)
+        await self.send(url, request, timeline)
+
+    async def send(self, url: str, request: bytes, timeline: Timeline) -> None:
+        """What `completion` made for this server, as `complete` does it.
+
+        Raises RefusedError for 429, RuntimeError for another answer that is an error, OSError (TimeoutError
+        and ConnectionError among them).
+        """
         async with asyncio.timeout(self._timeout_s):
             answer = await self._send(url, request)
         if answer.status != 200:
@@ -123,6 +120,29 @@ class Streams:
         else:
             connection.close()
         return answer
+
+
+def completion(
+    url: str,
+    model: str,
+    prompt: str | list[int],
+    max_tokens: int,
+    *,
+    fields: Mapping[str, Any] = _NOTHING,
+    headers: Mapping[str, str] = _NOTHING,
+) -> bytes:
+    """The request for `Streams.send`. Made before it is due, it costs the server's latency nothing."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **fields,
+    }
+    return _request(urlsplit(f"{url}/v1/completions"), json.dumps(body).encode(), headers)
 
 
 class _GoneError(ConnectionError):

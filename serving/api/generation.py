@@ -34,7 +34,7 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 # By then the engine computes, which a first byte waits for and this need not.
 _WATCH_AFTER_S = 0.002
-_KILLED = EngineDeadError("the replica's process ended")
+_KILLED = from_engine(EngineDeadError("the replica's process ended"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,12 @@ async def respond(
 
     prompt: as the client sent it, for a log that was asked to show it.
     """
-    arrival: float = request.state.arrival_time
+    stamped = request.scope["state"]  # by `FrontDoor`
+    arrival: float = stamped["arrival_time"]
     deadline = asyncio.get_running_loop().time() + state.settings.request_timeout_s
-    flight: Flight | None = request.state.flight
-    exchange: Exchange = request.state.exchange
-    visit: Visit = request.state.visit
+    flight: Flight | None = stamped["flight"]
+    exchange: Exchange = stamped["exchange"]
+    visit: Visit = stamped["visit"]
     visit.check_model(model)
     if state.links is not None and (wait_s := refusal_wait_s(request.headers)) is not None:
         state.recorder.record_refusal("router")
@@ -182,7 +183,7 @@ async def respond(
         presenter = cast(Presenter, presenter)  # of an operation that is streamed
         if job.flush != "token":
             outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
-        failure = functools.partial(presenter.failure, from_engine(_KILLED))
+        failure = functools.partial(presenter.failure, _KILLED)
         watch = Watch(state.guard, request.scope, failure)
         asyncio.get_running_loop().call_later(_WATCH_AFTER_S, watch.begin)
         try:
