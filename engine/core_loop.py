@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -234,6 +235,10 @@ def _process_main(config: EngineConfig, connection: Connection, asker: int) -> N
     _end_with(asker)
 
     def deliver(message: FromCore) -> None:
+        if isinstance(message, CoreReady):
+            # What is there now stays as long as the process: to look through it for garbage holds up a step.
+            gc.collect()
+            gc.freeze()
         # A closed pipe shows up at the inbox too, and ends the loop there.
         with contextlib.suppress(OSError):
             connection.send(message)

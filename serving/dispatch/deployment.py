@@ -9,6 +9,7 @@ question itself is answered by `question`, before Ray's server around this deplo
 
 import asyncio
 import contextlib
+import gc
 import random
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -83,6 +84,8 @@ class RequestRouter:
         self._introducing = asyncio.create_task(self._introduce(replicas))
 
     def __serve_build_asgi_app__(self) -> Starlette:
+        gc.collect()
+        gc.freeze()  # as a replica does it
         return Starlette()  # for what is no question
 
     def reconfigure(self, user_config: dict[str, int]) -> None:
