@@ -63,7 +63,8 @@ class StreamGuard:
         self._descriptors: dict[Ends, int] = {}
 
     def watch(self, scope: Mapping[str, Any], last_words: bytes) -> bytes | None:
-        """Say `last_words` (an HTTP/1.1 body's bytes) on this request's connection if this process dies.
+        """Say `last_words` on this request's connection if this process dies: bytes as they go over it, those
+        of a response's body `chunked`.
 
         To be called before the first byte of the response: while none was sent, the connection is only cut,
         so that the request is tried elsewhere. Returns what `release` takes.
@@ -145,8 +146,8 @@ class StreamGuard:
 class Watch:
     """One stream's time under the guard; each of its ends comes once, further calls do nothing.
 
-    last_words: of the body, asked for when it begins. That may be at any time before the stream's first byte,
-        and is best while the engine computes.
+    last_words: as `StreamGuard.watch` takes them, asked for when it begins. That may be at any time before
+        the stream's first byte, and is best while the engine computes.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Watch:
 
     def begin(self) -> None:
         if self._guard is not None and self._key is None and not self._is_over:
-            self._key = self._guard.watch(self._scope, chunked(self._last_words()))
+            self._key = self._guard.watch(self._scope, self._last_words())
 
     def end(self) -> None:
         self._is_over = True

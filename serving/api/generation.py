@@ -24,7 +24,7 @@ from serving.errors import ApiError, from_engine, overloaded
 from serving.flushing import Flush, flushed
 from serving.schemas import PromptTokensDetails, Usage
 from serving.state import ReplicaState, generate_all
-from serving.stream_guard import Watch
+from serving.stream_guard import Watch, chunked
 from serving.streaming import ClientGone, SseResponse, unless_client_leaves
 from serving.telemetry.exchange import CLIENT_GONE, Exchange, Generation, Operation
 from serving.tenants.visit import Visit
@@ -183,8 +183,7 @@ async def respond(
         presenter = cast(Presenter, presenter)  # of an operation that is streamed
         if job.flush != "token":
             outputs = flushed(outputs, job.flush, functools.partial(_began, made, flight))
-        failure = functools.partial(presenter.failure, _KILLED)
-        watch = Watch(state.guard, request.scope, failure)
+        watch = Watch(state.guard, request.scope, lambda: chunked(presenter.failure(_KILLED)))
         asyncio.get_running_loop().call_later(_WATCH_AFTER_S, watch.begin)
         try:
             first = await unless_client_leaves(request.receive, anext(outputs), deadline)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from serving.dispatch.headers import ROUTER_PREFIX
 from serving.dispatch.unrouted import unrouted_headers
 from serving.errors import ApiError, from_engine
 from serving.state import ReplicaState
+from serving.stream_guard import Watch
 from serving.telemetry.exchange import Exchange
 from serving.websockets.framing import ResponseFrames, done_frame, error_frame, last_words
 from serving.websockets.settings import MAX_SESSION_S
@@ -50,8 +52,7 @@ class _Request:
     frames: ResponseFrames
     state: dict[str, Any]
     """Its scope's, which has its `exchange`."""
-    watch: bytes | None
-    """The stream guard's."""
+    watch: Watch
 
 
 class Session:
@@ -122,7 +123,7 @@ class Session:
         finally:
             open_tasks: list[asyncio.Future[Any]] = [leaving] if receiving is None else [leaving, receiving]
             if self._running is not None:
-                self._unwatch(self._running)
+                self._running.watch.end()
                 open_tasks.append(self._running.task)
             for task in open_tasks:
                 task.cancel()
@@ -184,15 +185,10 @@ class Session:
         }
         frames = ResponseFrames(self._send)
         task = asyncio.create_task(self._compute(scope, body, frames))
-        watch = None
-        if self._state.guard is not None:
-            words = last_words(from_engine(_KILLED), request_id, SERVICE_RESTART)
-            watch = self._state.guard.watch(self._scope, words)
+        words = functools.partial(last_words, from_engine(_KILLED), request_id, SERVICE_RESTART)
+        watch = Watch(self._state.guard, self._scope, words)
+        watch.begin()
         return _Request(request_id, task, frames, state, watch)
-
-    def _unwatch(self, request: _Request) -> None:
-        if request.watch is not None and self._state.guard is not None:
-            self._state.guard.release(request.watch)
 
     async def _compute(self, scope: Scope, body: bytes, frames: ResponseFrames) -> None:
         is_read = False
@@ -220,7 +216,7 @@ class Session:
         exchange: Exchange | None = request.state.get("exchange")
         made = None if exchange is None else exchange.generation
         await self._send(done_frame(request.request_id, end, made, frames.limits()))
-        self._unwatch(request)
+        request.watch.end()
         return frames.status
 
     async def _refuse(self, error: ApiError) -> None:

@@ -150,7 +150,7 @@ def test_a_watch_begins_once_and_ends_once():
         watch.begin()
     for _ in range(2):
         watch.end()
-    assert guard.calls == [("watch", chunked(b"words")), ("release", b"key")]
+    assert guard.calls == [("watch", b"words"), ("release", b"key")]
 
 
 def test_a_watch_that_is_over_does_not_begin():
