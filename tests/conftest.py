@@ -14,9 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_asyncio_loop_factories():
-    """The event loop that Ray Serve's replicas run on: it differs from asyncio's own."""
-    return {"uvloop": uvloop.new_event_loop}
+@pytest.fixture(scope="session")
+def event_loop_policy():
+    """The event loop that Ray Serve's replicas run on: it differs from asyncio's own.
+
+    pytest-asyncio's newer hook makes a loop's factory a parameter of each test, by which pytest would sort them.
+    """
+    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture(scope="session")
