@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def event_loop_policy():
     """The event loop that Ray Serve's replicas run on: it differs from asyncio's own.
 
-    pytest-asyncio's newer hook makes a loop's factory a parameter of each test, by which pytest would sort them.
+    pytest-asyncio's newer hook makes a loop's factory a parameter of each test, by which pytest sorts them.
     """
     return uvloop.EventLoopPolicy()
 
