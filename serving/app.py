@@ -48,7 +48,7 @@ def create_app(
         description="OpenAI-compatible inference",
         docs_url="/docs",
         redoc_url=None,
-        # The app makes its own spans and metrics; FastAPI before 0.165 has none, and ignores this.
+        # The app makes its own spans and metrics. An older FastAPI has none, and ignores this.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     docs = list(app.router.routes)
