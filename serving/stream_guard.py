@@ -95,10 +95,6 @@ class StreamGuard:
     def close(self) -> None:
         """When no stream is open any more: the guard ends without a word."""
         if self._control is not None:
-            self._end()
-
-    def _end(self) -> None:
-        if self._control is not None:
             self._control.close()
             self._control = None
             os.close(self._bell)
@@ -113,7 +109,7 @@ class StreamGuard:
             logger.error("the stream guard is gone, a kill will cut streams without an event: %s", error)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self._end()
+            self.close()
             return False
         self._unread_bytes += len(message) + _OVERHEAD_BYTES
         if self._unread_bytes > _BELL_BYTES:

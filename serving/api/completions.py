@@ -90,7 +90,6 @@ class _CompletionPresenter:
         self._is_echo_only = body.max_tokens == 0
         self._shows_logprobs = body.logprobs is not None
         self._echoed = echoed
-        self._begun: set[int] = set()
         self._writers: dict[int, LogprobsWriter] = {}
         self._prompt_logprobs: dict[int, tuple[PositionLogprobs | None, ...]] = {}
         head = json.dumps(common_fields(job, "text_completion"), separators=(",", ":"))[:-1]
@@ -117,16 +116,15 @@ class _CompletionPresenter:
         text = output.text
         if self._is_echo_only:
             text, positions = "", []
-        if index not in self._begun:
-            self._begun.add(index)
+        if index not in self._writers:
+            self._writers[index] = self._writer(number)
             self._note_prompt(number, output.prompt_logprobs)
             if self._echoed:
                 text = self._echoed[number].text + text
                 positions = [*self._prompt_logprobs.get(number, ()), *positions]
         logprobs = "null"
         if self._shows_logprobs:
-            writer = self._writers.setdefault(index, self._writer(number))
-            logprobs = writer.write(positions).model_dump_json()
+            logprobs = self._writers[index].write(positions).model_dump_json()
         if not (text or positions or output.finish_reason):
             return b""
         finish = json.dumps(output.finish_reason)

@@ -179,7 +179,7 @@ def test_stop_ends_the_answer_on_the_server_too(browser, cluster):
         expect(answer).not_to_be_empty(timeout=ANSWER_MS)
         expect(page.locator("#running")).not_to_have_text("0")
         page.get_by_role("button", name="Stop").click()
-        expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=10_000)
+        expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=2_000)
         expect(page.locator("#speed")).to_contain_text("stopped")
         expect(page.locator("#running")).to_have_text("0", timeout=10_000)
         latest = page.locator("#recent tr").first
