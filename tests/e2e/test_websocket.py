@@ -80,6 +80,11 @@ def is_idle(url: str, num_replicas: int) -> bool:
     )
 
 
+def num_made(url: str) -> int:
+    """Tokens that the engines of the two replicas have made."""
+    return sum(s["total_output_tokens"] for s in replica_stats(url, 2).values())
+
+
 def content(chunks: list[ChatCompletionChunk]) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
@@ -101,6 +106,7 @@ async def test_frames_are_what_the_official_client_streams(cluster, client):
 async def test_barge_in_stops_the_engine_and_the_connection_serves_on(cluster):
     async with one_on_each_replica(cluster) as socket:
         for _ in range(5):
+            made_before = num_made(cluster)
             await ask(socket, MODEL, max_tokens=2000, ignore_eos=True)
             for _ in range(6):  # the role, and five tokens
                 await read(socket)
@@ -108,8 +114,10 @@ async def test_barge_in_stops_the_engine_and_the_connection_serves_on(cluster):
             done = (await rest(socket))[-1]
             assert done["status"] == "cancelled"
             assert 5 <= done["usage"]["completion_tokens"] <= 5 + MAX_LATE_TOKENS
-            stats = replica_stats(cluster, 2).values()
-            assert sum(s["num_running"] + s["num_waiting"] + s["num_inflight"] for s in stats) == 0
+            # The step that ran ends: how soon that shows in the statistics is the machine's matter, what the
+            # engine made is not.
+            await until(lambda: is_idle(cluster, 2))
+            assert num_made(cluster) - made_before <= 5 + MAX_LATE_TOKENS
         await ask(socket, MODEL, max_tokens=3)
         assert (await rest(socket))[-1]["status"] == "completed"
     await until(lambda: is_idle(cluster, 2))
